@@ -1,0 +1,154 @@
+"""The nouns of the library: turns, rollouts and how each of them can end.
+
+Shapes: ``T`` tokens of one turn, ``C`` tokens of one completion (all turns after the prompt), ``P`` tokens of a prompt.
+Nothing here knows a model, a trainer or a backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from PIL import Image
+
+
+class RolloutStatus(StrEnum):
+    """How an episode ended. Every rollout has exactly one; each is counted in the logs as ``status/<value>``."""
+
+    ANSWERED = "answered"  # the policy gave an answer, right or wrong
+    NO_ANSWER = "no_answer"  # the turn ended with neither a usable answer nor a call
+    MALFORMED_CALL = "malformed_call"  # the last turn allowed was spent on a call that could not be run
+    TURN_LIMIT = "turn_limit"  # a valid call, but no turn was left to use its result
+    TRUNCATED = "truncated"  # a turn reached its token limit before it ended
+    CONTEXT_LIMIT = "context_limit"  # the tool's reply would not fit into the completion
+    REJECTED_IMAGE = "rejected_image"  # the tool's image could not be shown
+
+
+class Fault(StrEnum):
+    """What is wrong with one reply. A turn is well-formed when it has none; each is counted as ``fault/<value>``."""
+
+    NO_MOVE = "no_move"  # neither an answer nor a call
+    CALL_AND_ANSWER = "call_and_answer"
+    SEVERAL_CALLS = "several_calls"
+    SEVERAL_ANSWERS = "several_answers"
+    BAD_JSON = "bad_json"  # the call is no JSON object with "name" and "arguments"
+    WRONG_TOOL = "wrong_tool"
+    WRONG_ARGUMENTS = "wrong_arguments"
+    CALL_AFTER_IMAGE = "call_after_image"  # nothing more to show
+    MISSING_THINK = "missing_think"
+    EMPTY_THINK = "empty_think"
+    EMPTY_ANSWER = "empty_answer"
+    DOUBLED_TAGS = "doubled_tags"  # a tag opened or closed twice
+    BROKEN_TAGS = "broken_tags"  # opened and not closed, closed and not opened, or out of order
+    STRAY_TEXT = "stray_text"  # text outside the blocks
+    CONTROL_TOKEN = "control_token"  # the reply holds a chat-control or vision token as text
+    TRUNCATED = "truncated"
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Plain text of a message. It can hold anything; the encoder never lets it become a control token."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """One image of a message: an RGB picture in shown pixels."""
+
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Message:
+    """One chat message: ``role`` is ``system``, ``user`` or ``assistant``."""
+
+    role: str
+    parts: tuple[TextPart | ImagePart, ...]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        return [part.image for part in self.parts if isinstance(part, ImagePart)]
+
+    @property
+    def text(self) -> str:
+        """The message's text with an ``<image>`` marker where a picture stands; for logs, never for tokens."""
+        return "".join(part.text if isinstance(part, TextPart) else "<image>" for part in self.parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The message as TRL and reward functions see it: ``{"role", "content"}`` with text content."""
+        return {"role": self.role, "content": self.text}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the environment shows next. ``faults`` belong to the reply that led here; ``granted``: a tool call succeeded."""
+
+    messages: tuple[Message, ...]
+    faults: tuple[Fault, ...] = ()
+    granted: bool = False
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of an episode. ``answer`` is the text inside the answer tags, or None; ``detail`` is for logs only."""
+
+    status: RolloutStatus
+    answer: str | None = None
+    faults: tuple[Fault, ...] = ()
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One sampled reply. ``token_ids`` and ``logprobs`` have length T, the stop token included as sampled.
+
+    ``logprobs`` are those of the sampling distribution (after temperature and token bans), or None per token when the
+    backend could not tell. ``faults`` is what the environment found wrong with the reply.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float | None, ...]
+    finished: bool  # False: the token limit cut the turn
+    faults: tuple[Fault, ...] = ()
+
+    @property
+    def well_formed(self) -> bool:
+        return not self.faults
+
+
+@dataclass
+class Rollout:
+    """One finished episode, in tokens and in words.
+
+    ``prompt_ids`` (P,); ``completion_ids``, ``loss_mask`` and ``logprobs`` (C,): the loss mask is 1 exactly on sampled
+    tokens; ``logprobs`` is 0.0 where the mask is 0. ``images`` are in the order of their placeholder runs in
+    ``prompt_ids + completion_ids``.
+    """
+
+    row: dict[str, Any]
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    loss_mask: list[int]
+    logprobs: list[float | None]
+    images: list[Image.Image]
+    messages: list[Message]  # the whole dialogue, prompt included
+    prompt_messages: int  # how many of ``messages`` are the prompt
+    turns: list[Turn]
+    status: RolloutStatus
+    answer: str | None = None
+    asked: bool = False  # at least one reply tried to call a tool and the call was granted
+    detail: str = ""
+    visual_tokens: int = 0  # image tokens in prompt and completion together
+    columns: dict[str, Any] = field(default_factory=dict)  # what environments want to hand to reward functions
+
+    @property
+    def well_formed(self) -> bool:
+        """True when every turn is (VisionThink, Section 3.3: the format reward is for the whole trajectory)."""
+        return self.status is RolloutStatus.ANSWERED and all(turn.well_formed for turn in self.turns)
+
+    @property
+    def faults(self) -> list[Fault]:
+        return [fault for turn in self.turns for fault in turn.faults]
