@@ -1,6 +1,6 @@
 """The nouns of the library: turns, rollouts and how each of them can end.
 
-Shapes: ``T`` tokens of one turn, ``C`` tokens of one completion (all turns after the prompt), ``P`` tokens of a prompt.
+Shapes: ``T`` tokens of one turn, ``C`` of one completion (all turns after the prompt), ``P`` of a prompt.
 Nothing here knows a model, a trainer or a backend.
 """
 
@@ -42,7 +42,6 @@ class Fault(StrEnum):
     DOUBLED_TAGS = "doubled_tags"  # a tag opened or closed twice
     BROKEN_TAGS = "broken_tags"  # opened and not closed, closed and not opened, or out of order
     STRAY_TEXT = "stray_text"  # text outside the blocks
-    CONTROL_TOKEN = "control_token"  # the reply holds a chat-control or vision token as text
     TRUNCATED = "truncated"
 
 
@@ -83,10 +82,14 @@ class Message:
 
 @dataclass(frozen=True)
 class Observation:
-    """What the environment shows next. ``faults`` belong to the reply that led here; ``granted``: a tool call succeeded."""
+    """What the environment shows next.
+
+    ``faults`` belong to the reply that led here; ``called``: it tried to call a tool; ``granted``: the call was run.
+    """
 
     messages: tuple[Message, ...]
     faults: tuple[Fault, ...] = ()
+    called: bool = False
     granted: bool = False
 
 
@@ -97,6 +100,7 @@ class Done:
     status: RolloutStatus
     answer: str | None = None
     faults: tuple[Fault, ...] = ()
+    called: bool = False
     detail: str = ""
 
 
@@ -139,7 +143,8 @@ class Rollout:
     turns: list[Turn]
     status: RolloutStatus
     answer: str | None = None
-    asked: bool = False  # at least one reply tried to call a tool and the call was granted
+    asked: bool = False  # a tool call was granted
+    attempted: bool = False  # a tool call was tried, granted or not
     detail: str = ""
     visual_tokens: int = 0  # image tokens in prompt and completion together
     columns: dict[str, Any] = field(default_factory=dict)  # what environments want to hand to reward functions

@@ -39,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sampled turn. ``token_ids`` (T,) as sampled, the stop token included; ``logprobs`` (T,) of that distribution."""
+    """A sampled turn. ``token_ids`` (T,) as sampled, with the stop token; ``logprobs`` (T,) of that distribution."""
 
     request_id: int
     token_ids: tuple[int, ...]

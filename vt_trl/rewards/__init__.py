@@ -1,0 +1,44 @@
+"""Reward functions, plain callables with TRL's signature, by name for recipes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from vt_trl.envs import import_object
+from vt_trl.errors import ConfigError
+from vt_trl.rewards.accuracy import accuracy_reward, answers_match
+from vt_trl.rewards.advantages import group_advantages
+from vt_trl.rewards.format import format_reward
+from vt_trl.rewards.penalty import PENALTIES, group_penalty
+
+RewardFunction = Callable[..., list[float | None]]
+REWARDS: dict[str, RewardFunction] = {"accuracy": accuracy_reward, "format": format_reward}
+
+__all__ = [
+    "PENALTIES",
+    "REWARDS",
+    "accuracy_reward",
+    "answers_match",
+    "format_reward",
+    "group_advantages",
+    "group_penalty",
+    "make_reward",
+]
+
+
+def make_reward(name: str) -> RewardFunction:
+    """The reward called ``name`` in a recipe: a known one, or ``module:function``."""
+    if ":" in name:
+        reward: Any = import_object(name, "a reward")
+        if not callable(reward):
+            raise ConfigError(f"the reward {name!r} is not callable.")
+        return reward
+    if name not in REWARDS:
+        near = difflib.get_close_matches(name, REWARDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"the reward {name!r} is unknown.{hint} Use one of {', '.join(REWARDS)}, or `module:function`."
+        )
+    return REWARDS[name]

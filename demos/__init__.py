@@ -1,0 +1,1 @@
+"""Small worlds that train in minutes on a laptop."""

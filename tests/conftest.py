@@ -1,0 +1,69 @@
+"""Shared fixtures: tiny checkpoints built in code, the real tokenizer files when they are at hand, no network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+FAMILY_NAMES = ("qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real tokenizers and pictures; tests that need it are skipped without it."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared, which is not part of the project")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny random checkpoint of each family: family name -> folder."""
+    from vt_trl.tiny import build_tiny
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: build_tiny(root / name, family=name, hidden_size=64) for name in FAMILY_NAMES}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoints: dict[str, Path]) -> Path:
+    return checkpoints["qwen2_5_vl"]
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (112, 112)) -> Image.Image:
+    """A noise picture, so that no two are alike."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def make_rows(count: int, size: tuple[int, int] = (112, 112)) -> list[dict]:
+    return [
+        {
+            "id": f"row-{index}",
+            "image": picture(index, size),
+            "question": f"Which number is {index}?",
+            "answer": [str(index)],
+            "data_source": "easy" if index % 2 else "hard",
+        }
+        for index in range(count)
+    ]
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    return make_rows(4)

@@ -1,0 +1,45 @@
+"""The ``vt-trl`` command. Each command imports what it needs when it runs, so that help and errors come at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from vt_trl import __version__
+from vt_trl.errors import ConfigError, DataError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vt-trl", description="Train VLMs to look only as closely as needed.")
+    parser.add_argument("--version", action="version", version=f"vt-trl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train a recipe; `--key value` overrides a line of it")
+    train.add_argument("recipe", help="a YAML file, see recipes/README.md")
+    play = commands.add_parser("play", help="answer as the policy, and see status and reward")
+    play.add_argument("recipe")
+    play.add_argument("--row", type=int, default=0, help="number of the row to play, from 0")
+    play.add_argument("--pictures", default=None, help="folder for the pictures shown (default: a temporary one)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; ``vt-trl RECIPE.yaml`` is short for ``vt-trl train RECIPE.yaml``. Returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        argv.insert(0, "train")
+    parser = _parser()
+    options, overrides = parser.parse_known_args(argv)
+    try:
+        if options.command == "train":
+            from vt_trl.run import train
+
+            train(options.recipe, overrides)
+        elif options.command == "play":
+            from vt_trl.play import play
+
+            play(options.recipe, overrides, row=options.row, folder=options.pictures)
+    except (ConfigError, DataError) as error:
+        print(f"vt-trl: {error}", file=sys.stderr)
+        return 2
+    return 0

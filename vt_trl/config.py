@@ -1,0 +1,154 @@
+"""Settings of a run, and every check on them: TRL's GRPO settings, and what a multi-turn run adds."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+from vt_trl.envs import make_environment
+from vt_trl.errors import ConfigError
+from vt_trl.rewards import PENALTIES, make_reward
+
+# Settings of stock TRL that this trainer would ignore; accepting them silently would be a lie.
+_UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "use_transformers_continuous_batching": (False, "it cannot take images; set use_vllm: true instead"),
+    "vllm_mode": ("colocate", "this version generates with vLLM in the training process"),
+    "vllm_tensor_parallel_size": (1, "this version runs one engine per process"),
+    "vllm_structured_outputs_regex": (None, "turns are free text that the environment parses"),
+    "multi_objective_aggregation": ("sum_then_normalize", "the penalty is defined on summed rewards"),
+    "log_multimodal": (None, "pictures are not logged; TRL's default is accepted and ignored"),
+    "max_tool_calling_iterations": (None, "the environment sets the number of turns"),
+    "chat_template_kwargs": (None, "dialogues are laid out by the model family, not by a chat template"),
+    "generation_kwargs": (None, "use temperature, top_p, top_k, min_p and repetition_penalty"),
+}
+
+
+@dataclass
+class VTGRPOConfig(GRPOConfig):
+    """GRPO settings of TRL plus environment, rewards and penalty.
+
+    A mapping can be written as YAML in a recipe or as JSON on the command line. Raises ConfigError that says which
+    number to change.
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["environment_args"]
+
+    environment: str = field(
+        default="resize", metadata={"help": "Environment: `resize`, `direct`, or `module:Class` of your own."}
+    )
+    environment_args: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Settings of the environment, e.g. `{max_pixels: 4194304}`."}
+    )
+    rewards: list[str] = field(
+        default_factory=lambda: ["accuracy", "format"],
+        metadata={"help": "Reward functions by name or `module:function`; weighed by `reward_weights`."},
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per reward; default 1.0 for accuracy, 0.5 for format, 1.0 others."}
+    )
+    correctness_reward: str = field(
+        default="accuracy",
+        metadata={"help": "The reward that says whether an answer is right (score > 0.5); the penalty counts it."},
+    )
+    penalty: str = field(
+        default="paper",
+        metadata={"help": f"Group penalty on asking for the full image: {', '.join(PENALTIES)}."},
+    )
+    penalty_theta: float = field(default=0.2, metadata={"help": "Threshold theta on the direct share (paper: 0.2)."})
+    penalty_amount: float = field(default=0.1, metadata={"help": "Size of the penalty (paper: 0.1)."})
+    max_turn_tokens: int | None = field(
+        default=None, metadata={"help": "Sampled tokens per turn at most; default max_completion_length."}
+    )
+    mask_truncated_completions: bool = field(
+        default=True, metadata={"help": "Give episodes with a truncated turn no loss: they are cut, not wrong."}
+    )
+    eval_greedy: bool = field(default=True, metadata={"help": "Evaluate greedily in every turn, one rollout per row."})
+    generation_chunk: int = field(
+        default=64, metadata={"help": "Sequences per generate call of the transformers backend; bounds its memory."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.eval_greedy and self.num_generations_eval is None:
+            self.num_generations_eval = 1
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = not self.use_cpu  # bf16 on a CPU is slow, and exactness is what CPU runs are for
+        super().__post_init__()
+        self._check_unsupported()
+        self._check_episode()
+        self._check_rewards()
+        self._check_groups()
+
+    def _check_unsupported(self) -> None:
+        for name, (default, why) in _UNSUPPORTED.items():
+            value = getattr(self, name, default)
+            if name != "log_multimodal" and value not in (default, {}):
+                raise ConfigError(f"{name} is set to {value!r}, which has no effect here: {why}. Remove it.")
+        if self.remove_unused_columns:
+            raise ConfigError("remove_unused_columns is true, which would drop the answers; remove it.")
+        if self.temperature <= 0:
+            raise ConfigError(
+                f"temperature is {self.temperature}: a group of equal rollouts teaches nothing. Set it above 0 "
+                f"(the paper: 1.0); evaluation is greedy by eval_greedy."
+            )
+
+    def _check_episode(self) -> None:
+        if self.max_completion_length is None or self.max_completion_length < 1:
+            raise ConfigError(f"max_completion_length is {self.max_completion_length}; it must be 1 or more.")
+        self.max_turn_tokens = self.max_turn_tokens or self.max_completion_length
+        if not 1 <= self.max_turn_tokens <= self.max_completion_length:
+            raise ConfigError(
+                f"max_turn_tokens is {self.max_turn_tokens} and max_completion_length, which bounds all turns with "
+                f"tool text and images, is {self.max_completion_length}; lower the first or raise the second."
+            )
+        if self.generation_chunk < 1:
+            raise ConfigError(f"generation_chunk is {self.generation_chunk}; it must be 1 or more.")
+        make_environment(self.environment, self.environment_args)
+
+    def _check_rewards(self) -> None:
+        for name in self.rewards:
+            make_reward(name)
+        if self.correctness_reward not in self.rewards:
+            raise ConfigError(
+                f"correctness_reward is {self.correctness_reward!r}, but rewards are {self.rewards}; name one of them."
+            )
+        if self.reward_weights is None:
+            self.reward_weights = [0.5 if name == "format" else 1.0 for name in self.rewards]
+        if len(self.reward_weights) != len(self.rewards):
+            raise ConfigError(
+                f"reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} rewards "
+                f"({', '.join(self.rewards)}); give one each."
+            )
+        if self.penalty not in PENALTIES:
+            near = difflib.get_close_matches(self.penalty, PENALTIES, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"penalty is {self.penalty!r}.{hint} Use one of {', '.join(PENALTIES)}.")
+        if not 0 <= self.penalty_theta <= 1:
+            raise ConfigError(f"penalty_theta is {self.penalty_theta}; it is a share, from 0 to 1 (the paper: 0.2).")
+        if self.penalty_amount < 0:
+            raise ConfigError(f"penalty_amount is {self.penalty_amount}; it is taken away, so it must be 0 or more.")
+
+    def _check_groups(self) -> None:
+        """Whole groups on one process: penalty and advantage need all members of a group side by side."""
+        local = self.per_device_train_batch_size * self.steps_per_generation
+        if local % self.num_generations:
+            steps = self.num_generations // math.gcd(self.num_generations, self.per_device_train_batch_size)
+            raise ConfigError(
+                f"A process generates per_device_train_batch_size ({self.per_device_train_batch_size}) x "
+                f"steps_per_generation ({self.steps_per_generation}) = {local} rollouts at a time, which is not a "
+                f"multiple of num_generations ({self.num_generations}); groups would be torn between processes. "
+                f"Set steps_per_generation (or gradient_accumulation_steps) to a multiple of {steps}."
+            )
+        if self.eval_greedy and self.num_generations_eval != 1:
+            raise ConfigError(
+                f"num_generations_eval is {self.num_generations_eval}, but greedy rollouts of one row are all equal; "
+                f"set it to 1, or set eval_greedy: false."
+            )
+        if self.per_device_eval_batch_size % self.num_generations_eval:
+            raise ConfigError(
+                f"per_device_eval_batch_size ({self.per_device_eval_batch_size}) must be a multiple of "
+                f"num_generations_eval ({self.num_generations_eval})."
+            )

@@ -1,0 +1,52 @@
+"""Environments: what a policy sees and may do. ``make_environment`` turns a recipe's line into a factory."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vt_trl.envs.base import Environment
+from vt_trl.envs.resize import DirectEnv, ResizeEnv
+from vt_trl.errors import ConfigError
+
+ENVIRONMENTS: dict[str, type[Environment]] = {"resize": ResizeEnv, "direct": DirectEnv}
+
+__all__ = ["ENVIRONMENTS", "DirectEnv", "Environment", "ResizeEnv", "import_object", "make_environment"]
+
+
+def import_object(path: str, what: str) -> Any:
+    """The object at ``module:name`` of the user's own recipe. Raises ConfigError that says what is missing."""
+    module_name, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{what} is {path!r}, but {error}. Write it as `module:Name`, with the module importable from where "
+            f"you start the run."
+        ) from error
+
+
+def make_environment(name: str, settings: Mapping[str, Any] | None = None) -> Callable[[], Environment]:
+    """A factory for the environment called ``name``, built once here so that wrong settings fail at start."""
+    if ":" in name:
+        cls = import_object(name, "environment")
+    elif name in ENVIRONMENTS:
+        cls = ENVIRONMENTS[name]
+    else:
+        near = difflib.get_close_matches(name, ENVIRONMENTS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"environment is {name!r}, which is unknown.{hint} Use one of {', '.join(ENVIRONMENTS)}, "
+            f"or `module:Class`."
+        )
+    if not (inspect.isclass(cls) and issubclass(cls, Environment)):
+        raise ConfigError(f"environment {name!r} is not a subclass of vt_trl.envs.Environment.")
+    settings = dict(settings or {})
+    try:
+        cls(**settings)
+    except TypeError as error:
+        raise ConfigError(f"environment_args do not fit {cls.__name__}: {error}.") from error
+    return lambda: cls(**settings)

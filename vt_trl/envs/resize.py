@@ -1,0 +1,115 @@
+"""VisionThink's environment (arXiv 2507.13348, Section 3): a quarter of the pixels first, all of them on request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vt_trl.envs.base import Environment, system, user
+from vt_trl.envs.reply import Reply, ToolCall, parse_reply
+from vt_trl.errors import ConfigError
+from vt_trl.images import ResolutionRule
+from vt_trl.prompts import DIRECT_PROMPTS, Prompts
+from vt_trl.types import Done, Fault, Observation, RolloutStatus
+
+
+def _end(parsed: Reply) -> Done:
+    """The end of an episode whose last reply did not call a tool."""
+    status = RolloutStatus.NO_ANSWER if parsed.answer is None else RolloutStatus.ANSWERED
+    return Done(status, answer=parsed.answer, faults=parsed.faults)
+
+
+class ResizeEnv(Environment):
+    """Two turns: the picture at half of each side, then either an answer or a call for the full picture.
+
+    A call that cannot be run is explained to the policy, which then has its second turn without the picture. Settings:
+    ``prompts`` replaces texts (:class:`~vt_trl.prompts.Prompts`), the rest goes to ``ResolutionRule``.
+    """
+
+    tool_name = "resize_image"
+    tool_arguments = {"action": "resize"}
+    max_turns = 2
+
+    def __init__(self, prompts: Mapping[str, str] | None = None, **resolution: int):
+        self.prompts = Prompts.from_settings(prompts)
+        self.rule = ResolutionRule(**resolution)
+
+    def reset(self, row: Mapping[str, Any]) -> Observation:
+        self.views = self.rule.views(row["image"])
+        self.turn = 0
+        self.shown = False
+        return self.show(
+            system(self.prompts.system), user(self.views.low, "\n", self.prompts.question(row["question"]))
+        )
+
+    def step(self, reply: str, truncated: bool = False) -> Observation | Done:
+        self.turn += 1
+        if truncated:
+            return Done(RolloutStatus.TRUNCATED, faults=(Fault.TRUNCATED,))
+        parsed = parse_reply(reply)
+        if parsed.wants_call:
+            return self._call(parsed)
+        return _end(parsed)
+
+    def _call(self, parsed: Reply) -> Observation | Done:
+        faults = parsed.faults + self._call_faults(parsed.call)
+        last = self.turn >= self.max_turns
+        if parsed.call is None or Fault.WRONG_TOOL in faults or Fault.WRONG_ARGUMENTS in faults:
+            if last:
+                return Done(RolloutStatus.MALFORMED_CALL, faults=faults, called=True)
+            return Observation((user(self.prompts.refusal(faults)),), faults, called=True)
+        if self.shown:
+            return Done(RolloutStatus.TURN_LIMIT, faults=(*faults, Fault.CALL_AFTER_IMAGE), called=True)
+        if last:
+            return Done(RolloutStatus.TURN_LIMIT, faults=faults, called=True)
+        self.shown = True
+        shown = user(self.prompts.before_image, self.tool_image(), self.prompts.after_image)
+        return Observation((shown,), faults, called=True, granted=True)
+
+    def _call_faults(self, call: ToolCall | None) -> tuple[Fault, ...]:
+        if call is None:
+            return ()
+        if call.name != self.tool_name:
+            return (Fault.WRONG_TOOL,)
+        return () if call.arguments == self.tool_arguments else (Fault.WRONG_ARGUMENTS,)
+
+    def tool_image(self):
+        """The picture a granted call shows."""
+        return self.views.full
+
+    def gold_replies(self, row: Mapping[str, Any]) -> list[list[str]]:
+        answer = f"<think>It is legible.</think><answer>{row['answer'][0]}</answer>"
+        call = '<tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
+        return [[answer], [f"<think>It is too small to read.</think>{call}", answer]]
+
+
+class DirectEnv(Environment):
+    """One turn at a fixed resolution: VisionThink-General, and the always-full and always-low controls.
+
+    ``resolution`` is ``full`` or ``low``; other settings as for :class:`ResizeEnv`, whose resolution rule it shares.
+    """
+
+    max_turns = 1
+
+    def __init__(self, resolution: str = "full", prompts: Mapping[str, str] | None = None, **settings: int):
+        if resolution not in ("full", "low"):
+            raise ConfigError(f"resolution is {resolution!r}; it must be 'full' or 'low'.")
+        self.resolution = resolution
+        self.prompts = Prompts.from_settings(prompts, base=DIRECT_PROMPTS)
+        self.rule = ResolutionRule(**settings)
+
+    def reset(self, row: Mapping[str, Any]) -> Observation:
+        image = getattr(self.rule.views(row["image"]), self.resolution)
+        return self.show(system(self.prompts.system), user(image, "\n", self.prompts.question(row["question"])))
+
+    def step(self, reply: str, truncated: bool = False) -> Done:
+        if truncated:
+            return Done(RolloutStatus.TRUNCATED, faults=(Fault.TRUNCATED,))
+        parsed = parse_reply(reply)
+        if parsed.wants_call:
+            status = RolloutStatus.TURN_LIMIT if parsed.call else RolloutStatus.MALFORMED_CALL
+            return Done(status, faults=parsed.faults, called=True)
+        return _end(parsed)
+
+    def gold_replies(self, row: Mapping[str, Any]) -> list[list[str]]:
+        return [[f"<think>It is legible.</think><answer>{row['answer'][0]}</answer>"]]

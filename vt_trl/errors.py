@@ -1,0 +1,34 @@
+"""The two ways a user's input can be wrong: the configuration, or the data."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message says what was set, why it cannot work and what to do."""
+
+
+class DataError(ValueError):
+    """A data set, a row or a picture that cannot be used.
+
+    ``reason`` is the message alone; ``row`` (0-based) and ``id`` say where, when that is known, and lead the message:
+    ``row 17 (id 'x'): cannot read the image: ...``.
+    """
+
+    def __init__(self, reason: str, *, row: int | None = None, id: str | None = None) -> None:
+        super().__init__(reason)  # only positional arguments here, so that the error survives pickling by a worker
+        self.reason, self.row, self.id = reason, row, id
+
+    def __str__(self) -> str:
+        return where(self.row, self.id) + self.reason
+
+    def at(self, row: int | None = None, id: str | None = None) -> DataError:
+        """The same error with a place; a place that is known already is kept."""
+        return DataError(self.reason, row=row if self.row is None else self.row, id=id if self.id is None else self.id)
+
+
+def where(row: int | None, id: str | None) -> str:
+    """``row 17 (id 'x'): ``, or as much of it as is known."""
+    name = "" if id is None else f"id {id!r}"
+    if row is None:
+        return f"{name}: " if name else ""
+    return f"row {row} ({name}): " if name else f"row {row}: "

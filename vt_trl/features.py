@@ -1,0 +1,54 @@
+"""Pictures to patch tensors: each unique picture is preprocessed once, and looked up from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+
+class ImageFeatures:
+    """Patch tensors of pictures, computed once per picture object.
+
+    The members of a group share the picture objects of their row, so identity is the key; the object is held so that
+    its identity cannot be reused. Call :meth:`clear` between generation batches.
+    """
+
+    def __init__(self, image_processor: Any):
+        self.image_processor = image_processor
+        self._known: dict[int, tuple[Image.Image, torch.Tensor, torch.Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def patches(self, image: Image.Image) -> torch.Tensor:
+        """(patches, channels * temporal * patch * patch) float tensor, normalised as the model expects."""
+        return self._get(image)[0]
+
+    def grid(self, image: Image.Image) -> torch.Tensor:
+        """(3,) int64: temporal, height and width in patches."""
+        return self._get(image)[1]
+
+    def visual_tokens(self, image: Image.Image) -> int:
+        """How many placeholder tokens the picture takes: patches after the merger of the vision tower."""
+        return int(self.grid(image).prod()) // self.image_processor.merge_size**2
+
+    def batch(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """``pixel_values`` (sum of patches, dim) and ``image_grid_thw`` (images, 3) in the order given."""
+        return {
+            "pixel_values": torch.cat([self.patches(image) for image in images]),
+            "image_grid_thw": torch.stack([self.grid(image) for image in images]),
+        }
+
+    def clear(self) -> None:
+        self._known.clear()
+
+    def _get(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        entry = self._known.get(id(image))
+        if entry is None:
+            inputs = self.image_processor(images=[image], return_tensors="pt")
+            entry = (image, inputs["pixel_values"], inputs["image_grid_thw"][0])
+            self._known[id(image)] = entry
+        return entry[1], entry[2]

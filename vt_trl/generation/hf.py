@@ -1,0 +1,182 @@
+"""Generation with transformers: no extra engine, any device. It works in rounds: all submitted turns, then their next.
+
+Slower than vLLM by far; it is for CPUs, tests, evaluation of small sets, and machines without vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from vt_trl.features import ImageFeatures
+from vt_trl.generation.base import Request, Sample, SamplingSettings
+
+
+class _BanAndRecord(LogitsProcessor):
+    """Bans tokens and keeps the log-probability of each sampled one, at the memory of a single (B, V) tensor.
+
+    transformers calls it before it draws; what was drawn is seen at the next call, so gathering lags one step. The
+    recorded distribution is softmax(logits / temperature) over the allowed tokens, as the trainer's forward has it;
+    top-p, top-k and min-p are not part of it.
+    """
+
+    def __init__(self, banned_ids: Sequence[int], temperature: float):
+        self.banned = torch.tensor(list(banned_ids), dtype=torch.long)
+        self.temperature = temperature
+        self.steps: list[torch.Tensor] = []  # (B,) per step
+        self._previous: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.gather(input_ids)
+        scores = scores.float()
+        if len(self.banned):
+            scores = scores.index_fill(1, self.banned.to(scores.device), -torch.inf)
+        self._previous = scores
+        return scores
+
+    def gather(self, input_ids: torch.LongTensor) -> None:
+        """Note the log-probability of the last token of ``input_ids`` (B, L) under the scores it was drawn from."""
+        if self._previous is not None:
+            scores = self._previous / self.temperature
+            drawn = scores.gather(1, input_ids[:, -1:])[:, 0]
+            self.steps.append(drawn - scores.logsumexp(-1))
+            self._previous = None
+
+
+@contextmanager
+def _own_generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Keep the checkpoint's own generation settings out.
+
+    transformers fills every field that has its default value from the model's settings; Qwen2.5-VL's say temperature
+    1e-6 and top_p 0.001, so "sample from everything" would silently become greedy.
+    """
+    owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    kept = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = config
+        yield
+    finally:
+        for owner, original in zip(owners, kept, strict=True):
+            owner.generation_config = original
+
+
+class HFBackend:
+    """Backend on ``model.generate``.
+
+    Args:
+        model_context: opens a context that yields the model to generate with (gathered parameters, checkpointing off).
+        features: preprocessed pictures, shared with the packer.
+        pad_id, stop_ids, banned_ids, image_token_id: token ids.
+        max_batch: sequences per ``generate`` call; bounds memory.
+    """
+
+    def __init__(
+        self,
+        model_context: Callable[[], AbstractContextManager[Any]],
+        features: ImageFeatures,
+        *,
+        pad_id: int,
+        stop_ids: Sequence[int],
+        banned_ids: Sequence[int],
+        image_token_id: int,
+        max_batch: int = 64,
+    ):
+        self.model_context = model_context
+        self.features = features
+        self.pad_id = pad_id
+        self.stop_ids = list(stop_ids)
+        self.banned_ids = list(banned_ids)
+        self.image_token_id = image_token_id
+        self.max_batch = max_batch
+        self._pending: list[Request] = []
+        self._settings = SamplingSettings()
+
+    @classmethod
+    def for_model(cls, model: Any, features: ImageFeatures, **kwargs: Any) -> HFBackend:
+        """A backend on a plain model, outside any trainer."""
+        return cls(lambda: nullcontext(model), features, **kwargs)
+
+    def begin(self, settings: SamplingSettings) -> None:
+        self._settings = settings
+        self._pending.clear()
+
+    def submit(self, request: Request) -> None:
+        self._pending.append(request)
+
+    def end(self) -> None:
+        self._pending.clear()
+
+    def completed(self) -> Iterator[Sample]:
+        while self._pending:
+            requests, self._pending = self._pending, []
+            # Neighbours in length share a batch, so that padding stays small.
+            requests.sort(key=lambda request: (request.max_new_tokens, len(request.token_ids)))
+            samples: list[Sample] = []
+            with self.model_context() as model:
+                for start in range(0, len(requests), self.max_batch):
+                    samples += self._generate(model, requests[start : start + self.max_batch])
+            yield from samples
+
+    @torch.no_grad()
+    def _generate(self, model: Any, requests: list[Request]) -> list[Sample]:
+        inputs = self._collate(requests, model.device)
+        recorder = _BanAndRecord(self.banned_ids, self._settings.temperature or 1.0)
+        config = self._generation_config(max(request.max_new_tokens for request in requests))
+        with _own_generation_config(model, config):
+            output = model.generate(
+                **inputs, generation_config=config, logits_processor=LogitsProcessorList([recorder])
+            )
+        recorder.gather(output)
+        drawn = output[:, inputs["input_ids"].shape[1] :]  # (B, T)
+        logprobs = torch.stack(recorder.steps, dim=1)  # (B, T)
+        return [
+            self._sample(request, ids, logps)
+            for request, ids, logps in zip(requests, drawn.tolist(), logprobs.tolist(), strict=True)
+        ]
+
+    def _sample(self, request: Request, ids: list[int], logprobs: list[float]) -> Sample:
+        """Cut a row of the batch at its stop token, or at its own token limit."""
+        stops = (index for index, token in enumerate(ids) if token in self.stop_ids)
+        end = next(stops, len(ids)) + 1
+        kept = min(end, request.max_new_tokens)
+        finished = end <= min(len(ids), request.max_new_tokens)
+        return Sample(request.request_id, tuple(ids[:kept]), tuple(logprobs[:kept]), finished)
+
+    def _collate(self, requests: list[Request], device: torch.device) -> dict[str, torch.Tensor]:
+        """Left-padded ids (B, L), their mask, which of them are visual, and the pictures in order."""
+        longest = max(len(request.token_ids) for request in requests)
+        ids = torch.full((len(requests), longest), self.pad_id)
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(requests):
+            ids[row, longest - len(request.token_ids) :] = torch.tensor(request.token_ids)
+            mask[row, longest - len(request.token_ids) :] = 1
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        images = [image for request in requests for image in request.images]
+        if images:
+            inputs |= {"mm_token_type_ids": (ids == self.image_token_id).int(), **self.features.batch(images)}
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
+        settings = self._settings
+        sampling: dict[str, Any] = {"do_sample": False}
+        if not settings.greedy:
+            sampling = {
+                "do_sample": True,
+                "temperature": settings.temperature,
+                "top_p": settings.top_p,
+                "top_k": settings.top_k,
+                "min_p": settings.min_p,
+            }
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.pad_id,
+            eos_token_id=self.stop_ids,
+            repetition_penalty=settings.repetition_penalty,
+            disable_compile=True,
+            **sampling,
+        )

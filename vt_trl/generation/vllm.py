@@ -1,0 +1,172 @@
+"""Turns sampled by vLLM without a barrier: one sample's next turn starts while the first turns of others still run.
+
+The engine with its weights and its sleep is in :mod:`vt_trl.generation.vllm_engine`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count, groupby
+from typing import Any
+
+from PIL import Image
+
+from vt_trl.generation.base import Request, Sample, SamplingSettings
+from vt_trl.generation.vllm_engine import ColocatedEngine
+
+__all__ = ["ColocatedEngine", "VLLMBackend"]
+
+BAN = -100.0  # what is added to the logit of a banned token: e^-100 of its probability is left
+
+
+class VLLMBackend:
+    """Samples turns with a :class:`ColocatedEngine`; implements :class:`vt_trl.generation.base.Backend`.
+
+    Args:
+        image_token_id: the placeholder, once per visual token in ``Request.token_ids``.
+        eos_token_ids: what ends a turn, and nothing else does; part of the returned ids.
+        banned_ids: never sampled, by a bias of ``BAN`` on their logits.
+        weights_version: changes when the training weights have (the global step); they are pushed only then.
+    """
+
+    def __init__(
+        self,
+        engine: ColocatedEngine,
+        *,
+        image_token_id: int,
+        eos_token_ids: Sequence[int],
+        banned_ids: Sequence[int],
+        weights_version: Callable[[], int],
+    ):
+        self.engine = engine
+        self.image_token_id = image_token_id
+        self.eos_token_ids = list(eos_token_ids)
+        self.banned_ids = list(banned_ids)
+        self.weights_version = weights_version
+        self._pushed: int | None = None
+        self._settings = SamplingSettings()
+        self._names = count()  # vLLM's own request ids; the caller may reuse a sample's id for its next turn
+        self._running: dict[str, Request] = {}
+        self._ready: deque[Sample] = deque()
+        self._image_ids: dict[int, tuple[Image.Image, str]] = {}
+
+    def begin(self, settings: SamplingSettings) -> None:
+        self._abort()  # what an interrupted phase may have left
+        version = self.weights_version()
+        self.engine.wake(stale=version != self._pushed)
+        self._pushed, self._settings = version, settings
+
+    def submit(self, request: Request) -> None:
+        """Raises RuntimeError when there are not as many pictures as placeholder runs, or vLLM refuses the request."""
+        runs = placeholder_runs(request.token_ids, self.image_token_id)
+        with self._aborting(f"taking request {request.request_id} of {len(request.token_ids)} tokens"):
+            if len(runs) != len(request.images):
+                raise RuntimeError(f"{len(runs)} runs of image placeholders for {len(request.images)} images")
+            prompt: dict[str, Any] = {"prompt_token_ids": collapse_runs(request.token_ids, self.image_token_id)}
+            if request.images:
+                prompt["multi_modal_data"] = {"image": list(request.images)}
+                prompt["multi_modal_uuids"] = {"image": [self._image_id(image) for image in request.images]}
+            name = str(next(self._names))
+            self.engine.llm.llm_engine.add_request(name, prompt, self._sampling_params(request.max_new_tokens))
+            self._running[name] = request
+
+    def completed(self) -> Iterator[Sample]:
+        """Raises RuntimeError when the engine fails or saw other image tokens than we did; nothing is left running."""
+        core = self.engine.llm.llm_engine
+        while self._running or self._ready:
+            while self._ready:
+                yield self._ready.popleft()  # the caller may submit here
+            with self._aborting(f"sampling {len(self._running)} turns"):
+                if self._running and not core.has_unfinished_requests():
+                    raise RuntimeError(f"requests {[r.request_id for r in self._running.values()]} vanished")
+                outputs = core.step() if self._running else []
+                self._ready.extend(self._sample(output) for output in outputs if output.finished)
+
+    def end(self) -> None:
+        self._abort()
+        self._image_ids.clear()
+        self.engine.sleep()
+
+    def _sampling_params(self, max_new_tokens: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        settings = self._settings
+        return SamplingParams(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            min_p=settings.min_p or 0.0,
+            repetition_penalty=settings.repetition_penalty,
+            max_tokens=max_new_tokens,
+            logprobs=0,  # the sampled token's only
+            stop_token_ids=self.eos_token_ids,
+            ignore_eos=True,  # or the checkpoint's generation_config.json would stop turns as well
+            logit_bias=dict.fromkeys(self.banned_ids, BAN) or None,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            detokenize=False,
+            skip_special_tokens=False,
+        )
+
+    def _sample(self, output: Any) -> Sample:
+        """vLLM's output as ours, after checking that it saw the very tokens that training will see."""
+        request, completion = self._running.pop(output.request_id), output.outputs[0]
+        if tuple(output.prompt_token_ids) != tuple(request.token_ids):
+            ours, theirs = (
+                placeholder_runs(ids, self.image_token_id) for ids in (request.token_ids, output.prompt_token_ids)
+            )
+            raise RuntimeError(
+                f"request {request.request_id}: its images take {ours} placeholder tokens here and {theirs} in vLLM "
+                f"({len(request.token_ids)} and {len(output.prompt_token_ids)} tokens in all): vLLM saw pictures "
+                "that training would not. Give both image processors the same size limits (mm_processor_kwargs)."
+            )
+        if completion.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"request {request.request_id}: vLLM gave it up ({completion.finish_reason})")
+        ids = tuple(completion.token_ids)
+        values = [entry[token].logprob for token, entry in zip(ids, completion.logprobs, strict=True)]
+        logprobs = tuple(None if math.isnan(value) else value for value in values)
+        return Sample(request.request_id, ids, logprobs, completion.finish_reason == "stop")
+
+    def _image_id(self, image: Image.Image) -> str:
+        """``content_id``, once per image object; holding the object keeps its ``id()`` from being given to another."""
+        if id(image) not in self._image_ids:
+            self._image_ids[id(image)] = (image, content_id(image))
+        return self._image_ids[id(image)][1]
+
+    @contextmanager
+    def _aborting(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._abort()
+            raise RuntimeError(f"vLLM failed while {doing}, and all turns were aborted: {error}") from error
+
+    def _abort(self) -> None:
+        names, self._running = list(self._running), {}
+        self._ready.clear()
+        if names:
+            self.engine.llm.llm_engine.abort_request(names)
+
+
+def placeholder_runs(token_ids: Sequence[int], image_token_id: int) -> list[int]:
+    """Length of each run of placeholders, in order: the visual tokens of each image."""
+    return [len(list(run)) for token, run in groupby(token_ids) if token == image_token_id]
+
+
+def collapse_runs(token_ids: Sequence[int], image_token_id: int) -> list[int]:
+    """One placeholder per image, as vLLM wants it. Images that touch stay apart: end and start tokens lie between."""
+    return [
+        token
+        for index, token in enumerate(token_ids)
+        if token != image_token_id or index == 0 or token_ids[index - 1] != image_token_id
+    ]
+
+
+def content_id(image: Image.Image) -> str:
+    """Size, mode and a hash of the pixels. vLLM trusts it: of two pictures with one id it only shows the first."""
+    digest = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
+    return f"{image.width}x{image.height}-{image.mode}-{digest}"

@@ -1,0 +1,101 @@
+"""Rollouts to batch tensors. The only place that lays out tokens and pictures, and the only one that checks them.
+
+Layout per sample: ``[pad … prompt | completion … pad]``. The attention mask is 1 on every real token, tool text and
+image tokens included; the loss mask is 1 on sampled tokens only. They are two masks, always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from trl.trainer.utils import pad
+
+from vt_trl.features import ImageFeatures
+from vt_trl.types import Rollout
+
+
+class AlignmentError(RuntimeError):
+    """Tokens and pictures of a rollout disagree; training on it would be training on noise."""
+
+
+def check_alignment(rollout: Rollout, features: ImageFeatures, image_token_id: int) -> None:
+    """Raise AlignmentError unless masks, log-probabilities and pictures of a rollout fit its tokens."""
+    length = len(rollout.completion_ids)
+    if not length == len(rollout.loss_mask) == len(rollout.logprobs):
+        raise AlignmentError(
+            f"row id {rollout.row.get('id')!r}: {length} completion tokens, {len(rollout.loss_mask)} mask entries and "
+            f"{len(rollout.logprobs)} log-probabilities."
+        )
+    sampled = [token for turn in rollout.turns for token in turn.token_ids]
+    trained = [token for token, keep in zip(rollout.completion_ids, rollout.loss_mask, strict=True) if keep]
+    if trained != sampled:
+        raise AlignmentError(f"row id {rollout.row.get('id')!r}: the trained tokens are not the sampled ones.")
+    if image_token_id in sampled:
+        raise AlignmentError(
+            f"row id {rollout.row.get('id')!r}: the policy sampled the image placeholder {image_token_id}; "
+            f"the backend must ban it."
+        )
+    runs = placeholder_runs([*rollout.prompt_ids, *rollout.completion_ids], image_token_id)
+    expected = [features.visual_tokens(image) for image in rollout.images]
+    if runs != expected:
+        raise AlignmentError(
+            f"row id {rollout.row.get('id')!r}: placeholder runs of {runs} tokens, but the pictures make {expected}."
+        )
+
+
+def placeholder_runs(token_ids: Sequence[int], image_token_id: int) -> list[int]:
+    """Lengths of the runs of ``image_token_id``, in order: one run per picture."""
+    runs, inside = [], False
+    for token in token_ids:
+        if token != image_token_id:
+            inside = False
+        elif inside:
+            runs[-1] += 1
+        else:
+            runs.append(1)
+            inside = True
+    return runs
+
+
+def pack(
+    rollouts: Sequence[Rollout],
+    features: ImageFeatures,
+    *,
+    pad_id: int,
+    image_token_id: int,
+    device: torch.device,
+    pad_to_multiple_of: int | None = None,
+) -> dict[str, Any]:
+    """The fields of TRL's batch that come from rollouts alone, for B rollouts.
+
+    Returns ``prompt_ids``, ``prompt_mask`` (B, P), ``completion_ids``, ``completion_mask``, ``tool_mask`` (B, C; TRL's
+    name for the loss mask), ``sampling_per_token_logps`` (B, C; NaN where unknown), ``mm_token_type_ids`` (B, P+C),
+    ``pixel_values``, ``image_grid_thw`` and ``num_images`` (list of B).
+    """
+    for rollout in rollouts:
+        check_alignment(rollout, features, image_token_id)
+
+    def stack(rows: list[list[Any]], fill: float, side: str, dtype: torch.dtype) -> torch.Tensor:
+        tensors = [torch.tensor(row, dtype=dtype) for row in rows]
+        return pad(tensors, fill, side, pad_to_multiple_of=pad_to_multiple_of).to(device)
+
+    prompts = [rollout.prompt_ids for rollout in rollouts]
+    completions = [rollout.completion_ids for rollout in rollouts]
+    logprobs = [[float("nan") if p is None else p for p in rollout.logprobs] for rollout in rollouts]
+    batch: dict[str, Any] = {
+        "prompt_ids": stack(prompts, pad_id, "left", torch.long),
+        "prompt_mask": stack([[1] * len(ids) for ids in prompts], 0, "left", torch.long),
+        "completion_ids": stack(completions, pad_id, "right", torch.long),
+        "completion_mask": stack([[1] * len(ids) for ids in completions], 0, "right", torch.long),
+        "tool_mask": stack([rollout.loss_mask for rollout in rollouts], 0, "right", torch.long),
+        "sampling_per_token_logps": stack(logprobs, 0.0, "right", torch.float32),
+    }
+    images = [image for rollout in rollouts for image in rollout.images]
+    if images:
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        batch["mm_token_type_ids"] = (ids == image_token_id).int()
+        batch["num_images"] = [len(rollout.images) for rollout in rollouts]
+        batch |= {name: tensor.to(device) for name, tensor in features.batch(images).items()}
+    return batch

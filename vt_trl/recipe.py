@@ -1,0 +1,111 @@
+"""A recipe is one YAML file: what to train, on what, how. The command line overrides any line of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import TrlParser
+
+from vt_trl.config import VTGRPOConfig
+from vt_trl.errors import ConfigError
+
+_RESERVED = {"env"}  # a mapping of environment variables, handled by TrlParser
+
+
+@dataclass
+class RunArguments:
+    """Model and data of a run."""
+
+    model: str = field(default="", metadata={"help": "Model id or folder of a supported family."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "Weights are loaded in this type.", "choices": ["bfloat16", "float16", "float32"]},
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, flash_attention_2, eager, ..."})
+    dataset: str = field(default="", metadata={"help": "Training rows: a folder, a file, or a Hub name (see data)."})
+    dataset_split: str | None = field(default=None, metadata={"help": "Split to train on, where there are several."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Rows to evaluate on; none by default."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on."})
+    max_rows: int | None = field(default=None, metadata={"help": "Use the first rows only."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
+    on_bad_row: str = field(
+        default="error",
+        metadata={"help": "Rows that cannot be used stop the run, or are left out and counted.", "choices": ["error", "skip"]},
+    )
+    lora: str = field(
+        default="none",
+        metadata={
+            "help": "Train an adapter on the language model, on all linear layers, or train the weights themselves.",
+            "choices": ["none", "language", "all"],
+        },
+    )
+    lora_r: int = field(default=64, metadata={"help": "Rank of the adapter."})
+    lora_alpha: int = field(default=128, metadata={"help": "Scale of the adapter; effective is alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout; TRL turns it off unless told otherwise."})
+    train_vision: bool = field(
+        default=True, metadata={"help": "Without an adapter: train the vision tower too, or keep it frozen."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("model is not set; write it into the recipe or add `--model NAME_OR_FOLDER`.")
+        if not self.dataset:
+            raise ConfigError("dataset is not set; write it into the recipe or add `--dataset NAME_OR_FOLDER`.")
+        if self.lora != "none" and not self.train_vision:
+            raise ConfigError(
+                f"train_vision is false and lora is {self.lora!r}: with an adapter the weights are frozen anyway, and "
+                f"`lora: language` leaves the vision tower without one. Remove train_vision."
+            )
+
+
+def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunArguments, VTGRPOConfig]:
+    """Read a recipe and apply ``--key value`` overrides.
+
+    Raises ConfigError for a file that is no recipe, for an unknown key (with the nearest valid one), for a value of the
+    wrong kind, and for settings that contradict each other.
+    """
+    path = Path(path)
+    check_keys(read_yaml(path), str(path))
+    parser = TrlParser((RunArguments, VTGRPOConfig))
+    try:
+        *parsed, rest = parser.parse_args_and_config(
+            ["--config", str(path), *overrides], return_remaining_strings=True, fail_with_unknown_args=False
+        )
+    except SystemExit as error:  # argparse has printed which value it could not take
+        raise ConfigError(f"{path} with {' '.join(overrides) or 'no overrides'}: a value has the wrong kind.") from error
+    unknown = [text for text in rest if text.startswith("--")]
+    if rest:
+        check_keys({text[2:].partition("=")[0]: None for text in unknown}, "the command line")
+        raise ConfigError(f"The command line has left over: {' '.join(rest)}. Write overrides as `--key value`.")
+    return tuple(parsed)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError when there is none."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot read the recipe {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} holds no `key: value` lines, so it is no recipe.")
+    return settings
+
+
+def check_keys(settings: dict[str, Any], where: str) -> None:
+    """Raise ConfigError for keys that no setting has, each with the nearest valid name."""
+    known = {f.name for kind in (RunArguments, VTGRPOConfig) for f in fields(kind) if f.init} | _RESERVED
+    problems = []
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            problems.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    if problems:
+        raise ConfigError(f"Unknown setting in {where}: {', '.join(problems)}.")

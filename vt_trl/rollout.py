@@ -1,0 +1,187 @@
+"""The one multi-turn loop: rows in, finished rollouts out. Training, evaluation, demo and play all use it.
+
+A row is reset once and its pictures are prepared once; each member of the group is a fork. A member's next turn is
+submitted as soon as its own turn has ended, so a backend that can interleave never waits for the slowest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from PIL import Image
+
+from vt_trl.chat import ChatEncoder, Encoded
+from vt_trl.envs.base import Environment, message
+from vt_trl.errors import DataError
+from vt_trl.generation.base import Backend, Request, Sample, SamplingSettings
+from vt_trl.types import Done, Fault, Message, Observation, Rollout, RolloutStatus, Turn
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Token limits: sampled tokens of one turn, tokens of a completion (tool text and images too), and the context."""
+
+    turn: int
+    completion: int
+    context: int | None = None
+
+
+@dataclass
+class _Episode:
+    """An episode under way: what has been said so far, as tokens and as messages."""
+
+    environment: Environment
+    row: dict[str, Any]
+    prompt: Encoded
+    messages: list[Message]
+    prompt_messages: int
+    images: list[Image.Image]
+    completion_ids: list[int] = field(default_factory=list)
+    loss_mask: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    visual_tokens: int = 0
+    asked: bool = False
+    attempted: bool = False
+
+    def sampled(self, sample: Sample, text: str) -> None:
+        self.completion_ids += sample.token_ids
+        self.loss_mask += [1] * len(sample.token_ids)
+        self.logprobs += sample.logprobs
+        self.turns.append(Turn(text, sample.token_ids, sample.logprobs, sample.finished))
+
+    def blame(self, faults: tuple[Fault, ...]) -> None:
+        self.turns[-1] = replace(self.turns[-1], faults=faults)
+
+    def told(self, reply: Encoded) -> None:
+        self.completion_ids += reply.token_ids
+        self.loss_mask += [0] * len(reply.token_ids)
+        self.logprobs += [0.0] * len(reply.token_ids)
+        self.images += reply.images
+        self.visual_tokens += reply.visual_tokens
+
+
+class RolloutRunner:
+    """Runs episodes of one environment on one backend.
+
+    ``encoder`` turns messages into ids; ``stop_ids`` are the tokens that end a turn. Raises ``DataError`` for a row
+    that cannot start (unreadable picture, prompt longer than the context), naming the row.
+    """
+
+    def __init__(
+        self,
+        environment: Callable[[], Environment],
+        backend: Backend,
+        encoder: ChatEncoder,
+        stop_ids: Iterable[int],
+        limits: Limits,
+    ):
+        self.environment = environment
+        self.backend = backend
+        self.encoder = encoder
+        self.stop_ids = set(stop_ids)
+        self.limits = limits
+
+    def run(self, rows: Sequence[dict[str, Any]], group_size: int, settings: SamplingSettings) -> list[Rollout]:
+        """``group_size`` rollouts of each row, those of a row side by side: ``len(rows) * group_size`` in all."""
+        episodes = [episode for row in rows for episode in self._start(row, group_size)]
+        finished: list[Rollout | None] = [None] * len(episodes)
+        self.backend.begin(settings)
+        try:
+            for index, episode in enumerate(episodes):
+                self._submit(index, episode)
+            for sample in self.backend.completed():
+                index = sample.request_id
+                done = self._advance(episodes[index], sample)
+                if done is None:
+                    self._submit(index, episodes[index])
+                else:
+                    finished[index] = self._finish(episodes[index], done)
+        finally:
+            self.backend.end()
+        lost = [index for index, rollout in enumerate(finished) if rollout is None]
+        if lost:
+            raise RuntimeError(f"The backend ended with {len(lost)} of {len(episodes)} rollouts unfinished.")
+        return finished
+
+    def _start(self, row: dict[str, Any], group_size: int) -> list[_Episode]:
+        first = self.environment()
+        observation = first.reset(row)
+        messages = list(observation.messages)
+        prompt = self.encoder.prompt(messages)
+        room = None if self.limits.context is None else self.limits.context - len(prompt.token_ids)
+        if room is not None and room < 1:
+            raise DataError(
+                f"row id {row.get('id')!r}: the prompt has {len(prompt.token_ids)} tokens "
+                f"({prompt.visual_tokens} of them visual), which leaves nothing of the context of "
+                f"{self.limits.context}; raise vllm_max_model_length or lower max_pixels in environment_args."
+            )
+        return [
+            _Episode(
+                first.fork(),
+                row,
+                prompt,
+                list(messages),
+                len(messages),
+                list(prompt.images),
+                visual_tokens=prompt.visual_tokens,
+            )
+            for _ in range(group_size)
+        ]
+
+    def _room(self, episode: _Episode) -> int:
+        """Tokens that still fit into the completion and the context, sampled or told."""
+        used = len(episode.completion_ids)
+        room = self.limits.completion - used
+        if self.limits.context is not None:
+            room = min(room, self.limits.context - len(episode.prompt.token_ids) - used)
+        return room
+
+    def _submit(self, index: int, episode: _Episode) -> None:
+        room = min(self.limits.turn, self._room(episode))
+        ids = (*episode.prompt.token_ids, *episode.completion_ids)
+        self.backend.submit(Request(index, ids, tuple(episode.images), room))
+
+    def _advance(self, episode: _Episode, sample: Sample) -> Done | None:
+        """Hand a sampled turn to the environment; None when the episode goes on."""
+        text = self.encoder.decode(sample.token_ids, self.stop_ids)
+        episode.sampled(sample, text)
+        episode.messages.append(message("assistant", text))
+        outcome: Observation | Done = episode.environment.step(text, truncated=not sample.finished)
+        episode.blame(outcome.faults)
+        episode.attempted = episode.attempted or outcome.called
+        if isinstance(outcome, Done):
+            return outcome
+        reply = self.encoder.reply(outcome.messages)
+        if len(reply.token_ids) >= self._room(episode):
+            return Done(
+                RolloutStatus.CONTEXT_LIMIT,
+                faults=outcome.faults,
+                detail=f"the tool's reply has {len(reply.token_ids)} tokens; raise max_completion_length",
+            )
+        episode.told(reply)
+        episode.messages += outcome.messages
+        episode.asked = episode.asked or outcome.granted
+        return None
+
+    @staticmethod
+    def _finish(episode: _Episode, done: Done) -> Rollout:
+        return Rollout(
+            row=episode.row,
+            prompt_ids=list(episode.prompt.token_ids),
+            completion_ids=episode.completion_ids,
+            loss_mask=episode.loss_mask,
+            logprobs=episode.logprobs,
+            images=episode.images,
+            messages=episode.messages,
+            prompt_messages=episode.prompt_messages,
+            turns=episode.turns,
+            status=done.status,
+            answer=done.answer,
+            asked=episode.asked,
+            attempted=episode.attempted,
+            detail=done.detail,
+            visual_tokens=episode.visual_tokens,
+        )

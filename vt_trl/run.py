@@ -1,0 +1,80 @@
+"""From a recipe to a trained model: ``vt-trl train RECIPE``, ``accelerate launch -m vt_trl RECIPE``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoConfig
+
+from vt_trl.config import VTGRPOConfig
+from vt_trl.data import load_rows, require_good_rows
+from vt_trl.families import Family, family_of
+from vt_trl.recipe import RunArguments, parse_recipe
+from vt_trl.trainer import VTGRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: str | Path, overrides: Sequence[str] = (), **trainer_arguments: Any) -> VTGRPOTrainer:
+    """Run a recipe to its end and save the model in its ``output_dir``; returns the trainer.
+
+    ``trainer_arguments`` go to :class:`VTGRPOTrainer` (callbacks, an environment, reward functions).
+    """
+    run, args = parse_recipe(recipe, overrides)
+    trainer = make_trainer(run, args, **trainer_arguments)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if args.eval_strategy != "no" or run.eval_dataset:
+        trainer.evaluate()
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return trainer
+
+
+def make_trainer(run: RunArguments, args: VTGRPOConfig, **trainer_arguments: Any) -> VTGRPOTrainer:
+    """Check the rows, load the model, and build the trainer of a recipe."""
+    family = family_of(AutoConfig.from_pretrained(run.model, revision=run.model_revision))
+    args.model_init_kwargs = {
+        "dtype": run.dtype,
+        "attn_implementation": run.attn_implementation,
+        **({"revision": run.model_revision} if run.model_revision else {}),
+        **(args.model_init_kwargs or {}),
+    }
+    forbidden = (family.turn_start, family.turn_end, *family.control_tokens)
+    rows = load_rows(run.dataset, run.dataset_split, run.max_rows)
+    eval_rows = load_rows(run.eval_dataset, run.eval_split, run.max_eval_rows) if run.eval_dataset else None
+    trainer = VTGRPOTrainer(
+        model=run.model,
+        args=args,
+        train_dataset=require_good_rows(rows, run.on_bad_row, forbidden=forbidden),
+        eval_dataset=None if eval_rows is None else require_good_rows(eval_rows, run.on_bad_row, forbidden=forbidden),
+        peft_config=lora_config(run, family),
+        **trainer_arguments,
+    )
+    if not run.train_vision:
+        freeze_vision(trainer.model, family)
+    return trainer
+
+
+def lora_config(run: RunArguments, family: Family) -> LoraConfig | None:
+    """The adapter of a run: on every linear layer, or on those outside the vision tower."""
+    if run.lora == "none":
+        return None
+    tower = family.vision_module.rpartition(".")[2]
+    return LoraConfig(
+        r=run.lora_r,
+        lora_alpha=run.lora_alpha,
+        lora_dropout=run.lora_dropout,
+        target_modules="all-linear",
+        exclude_modules=rf".*\b{tower}\b.*" if run.lora == "language" else None,
+    )
+
+
+def freeze_vision(model: nn.Module, family: Family) -> None:
+    """Stop gradients into the vision tower, merger included."""
+    model.get_submodule(family.vision_module).requires_grad_(False)

@@ -1,0 +1,221 @@
+"""Where rows come from: folders, files and the Hub, all read into the same columns. :mod:`vt_trl.data` has the rest.
+
+A loaded row is ``{id: str, image, question: str, answer: list[str], data_source: str}`` plus the source's own scalar
+columns and lists of scalars, such as options. ``image`` is embedded (``datasets.Image(decode=False)``) or an absolute
+path. A picture that is no file of the data set is noted in a column ``image_error``, which exists only then, so that
+one bad row does not keep a data set from loading. Published VisionThink columns (arXiv 2507.13348) are renamed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Features, Value
+
+from vt_trl.errors import ConfigError, DataError
+from vt_trl.images import local_path
+
+logger = logging.getLogger(__name__)
+
+NAMES = {  # our column: what it may be called, best first
+    "id": ("id", "doc_id"),
+    "image": ("image", "images", "file_name"),
+    "question": ("question", "problem"),
+    "answer": ("answer", "original_answer"),
+    "data_source": ("data_source",),
+}
+TABLES = (".jsonl", ".json", ".csv")
+EMBEDDED = datasets.Image(decode=False)
+NOT_EMBEDDED = (
+    "cannot read the image: unlike other rows, this one does not embed exactly one; embed it or drop the row"
+)
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_rows(source: str | os.PathLike, split: str | None = None, limit: int | None = None) -> Dataset:
+    """Read the first ``limit`` rows of a data set into the columns named above.
+
+    ``source``: a folder of ``save_to_disk``; a folder with ``data.jsonl`` (``.json``, ``.csv``; ``metadata.*``) and
+    pictures; such a file or a Parquet file by itself; a folder of Parquet files; or a name on the Hub. Without
+    ``split`` the only split, or else ``train``, is taken. Raises :class:`DataError` when the source cannot be read or
+    lacks a column, :class:`ConfigError` for a bad ``limit``.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit={limit}: no row would be left; set a positive number, or leave it out for all rows")
+    path = Path(source).expanduser()
+    table = _table_file(path, split)
+    if table is not None:
+        return _from_records(_read_records(table)[:limit], table.parent, str(source))
+    try:
+        found = _read_arrow(path, str(source), split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
+        raise DataError(f"cannot load {str(source)!r}: {error}") from error
+    dataset = _pick_split(found, split, str(source))
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    # Pictures of the Hub that are files of their own lie in its cache, and their paths may lead nowhere else.
+    root = (path if path.is_dir() else path.parent) if path.exists() else Path(datasets.config.HF_CACHE_HOME)
+    return _from_dataset(dataset, root.absolute(), str(source))
+
+
+def _table_file(path: Path, split: str | None) -> Path | None:
+    if path.suffix in TABLES and path.is_file():
+        return path
+    stems = [split] if split else []
+    stems += ["data", "metadata"] if split in (None, "train") else []
+    return next((path / (stem + end) for stem in stems for end in TABLES if (path / (stem + end)).is_file()), None)
+
+
+def _read_records(file: Path) -> list[dict[str, Any]]:
+    """Read rows by hand: the Arrow readers turn the answers "007" and "2018-01-11" into a number and a date."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            if file.suffix == ".csv":
+                rows = list(csv.DictReader(stream, restkey="", strict=True))
+            elif file.suffix == ".json":
+                rows = json.load(stream)
+            else:
+                rows = [json.loads(line) for line in stream if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"cannot read {str(file)!r}: {error}") from error
+    if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) and "" not in row for row in rows):
+        raise DataError(f"cannot read {str(file)!r}: one JSON object, or one CSV cell per heading, is needed per row")
+    return rows
+
+
+def _read_arrow(path: Path, source: str, split: str | None) -> Dataset | DatasetDict:
+    if path.is_file():
+        return datasets.load_dataset("parquet", data_files=str(path))
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(str(path))
+    if path.is_dir() and not any(path.rglob("*.parquet")):
+        raise DataError(f"no rows there for split {split!r}: a save_to_disk folder, data.jsonl or Parquet is needed")
+    if not path.exists() and not _HUB_NAME.fullmatch(source):
+        raise DataError("there is no such file or folder, and it is no name on the Hub")
+    return datasets.load_dataset(source if not path.exists() else str(path))
+
+
+def _pick_split(found: Dataset | DatasetDict, split: str | None, source: str) -> Dataset:
+    if isinstance(found, Dataset):
+        if split not in (None, "train", str(found.split)):
+            raise DataError(f"{source!r} has no split {split!r}: it is one data set without splits; leave split out")
+        return found
+    name = split or (next(iter(found)) if len(found) == 1 else "train")
+    if name not in found:
+        raise DataError(f"{source!r} has no split {name!r}; set split to one of {sorted(found)}")
+    if split is None:
+        logger.info("%s: split %r of %s", source, name, sorted(found))
+    return found[name]
+
+
+def _columns(names: Sequence[str], source: str) -> tuple[dict[str, str], list[str]]:
+    """``{our column: the source's column}``, and the columns left over."""
+    chosen = {ours: next((name for name in theirs if name in names), None) for ours, theirs in NAMES.items()}
+    missing = [NAMES[ours] for ours in ("image", "question", "answer") if chosen[ours] is None]
+    if missing:
+        needed = ", ".join(" or ".join(map(repr, theirs)) for theirs in missing)
+        raise DataError(f"{source!r} has the columns {sorted(names)}, but lacks {needed}; rename or add them")
+    used = {*chosen.values(), *NAMES, "image_error"}
+    return {ours: name for ours, name in chosen.items() if name}, [name for name in names if name not in used]
+
+
+def _from_records(rows: list[dict[str, Any]], root: Path, source: str) -> Dataset:
+    """Rows whose pictures are files under ``root``."""
+    names, others = _columns(list(dict.fromkeys(name for row in rows for name in row)), source)
+    columns = {name: [row.get(name) for row in rows] for name in (*names.values(), *others)}
+    paths, errors = zip(*(_path_or_error(value, root) for value in columns[names["image"]]), strict=True)
+    flat = {name: columns[name] for name in others if all(map(_is_flat, columns[name]))}
+    try:
+        base = Dataset.from_dict({"image": paths, **flat}).cast_column("image", Value("string"))
+    except pa.ArrowException as error:
+        raise DataError(f"{source!r}: a column mixes types ({error}); give all its values one type") from error
+    return _assemble(base, {ours: columns[name] for ours, name in names.items()}, errors, names.get("id"))
+
+
+def _path_or_error(value: Any, root: Path) -> tuple[str | None, str]:
+    """A row's picture as an absolute path below ``root``, or why it is none."""
+    try:
+        value = only_image(value)
+        value = value.get("path") if isinstance(value, Mapping) else value
+        return str(local_path(value if isinstance(value, str) else "", root)), ""
+    except DataError as error:
+        return None, error.reason
+
+
+def _from_dataset(dataset: Dataset, root: Path, source: str) -> Dataset:
+    """Rows of an Arrow table. Embedded pictures stay where they are, neither read nor copied (lists of one are)."""
+    names, others = _columns(dataset.column_names, source)
+    column, kind = names["image"], dataset.features[names["image"]]
+    listed = isinstance(kind, datasets.List)
+    if getattr(kind.feature if listed else kind, "dtype", "") not in ("string", "large_string"):
+        dataset = dataset.cast_column(column, datasets.List(EMBEDDED) if listed else EMBEDDED)
+        base = dataset.select_columns([column, *(name for name in others if _is_flat(dataset.features[name]))])
+        base = base if column == "image" else base.rename_column(column, "image")
+        if listed:
+            kinds = Features({**base.features, "image": EMBEDDED})
+            base = base.map(_unlist, batched=True, batch_size=64, features=kinds)
+        there = pc.is_valid(pc.struct_field(base.data.column("image"), "bytes")).to_pylist()
+        if any(there):
+            texts = {ours: list(dataset[name]) for ours, name in names.items() if ours != "image"}
+            return _assemble(base, texts, ["" if one else NOT_EMBEDDED for one in there], names.get("id"))
+    return _from_records(dataset.to_list(), root, source)
+
+
+def _unlist(batch: dict[str, list]) -> dict[str, list]:
+    return {"image": [value[0] if value is not None and len(value) == 1 else None for value in batch["image"]]}
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether a value or a feature is a scalar or a list of scalars."""
+    if isinstance(value, datasets.List):
+        value = value.feature
+    if isinstance(value, list):
+        return all(item is None or isinstance(item, str | int | float) for item in value)
+    return value is None or isinstance(value, str | int | float | Value | datasets.ClassLabel)
+
+
+def _assemble(base: Dataset, raw: Mapping[str, list], errors: Sequence[str], id_name: str | None) -> Dataset:
+    """Add the text columns in their final types; what is no text becomes empty, and is reported as that."""
+    count = len(base)
+    ids = [str(number) if id in (None, "") else str(id) for number, id in enumerate(raw.get("id", [None] * count))]
+    if id_name == "doc_id" and len(set(ids)) < count:  # numbers per document or per source, not per row
+        ids = [f"{id}#{number}" for number, id in enumerate(ids)]
+    texts = {
+        "id": ids,
+        "question": [value if isinstance(value, str) else "" for value in raw["question"]],
+        "answer": [answer_texts(value) for value in raw["answer"]],
+        "data_source": ["" if value is None else str(value) for value in raw.get("data_source", [None] * count)],
+        "image_error": errors,
+    }
+    if not any(errors):
+        del texts["image_error"]
+    for name, values in texts.items():
+        kind = datasets.List(Value("string")) if name == "answer" else Value("string")
+        base = base.add_column(name, list(values), feature=kind)
+    return base
+
+
+def answer_texts(value: Any) -> list[str]:
+    """The accepted answers; a number is one too, but a bool, a dict and the like are not."""
+    values = value if isinstance(value, list | tuple) else [value]
+    good = all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in values)
+    return [str(item) for item in values] if good else []
+
+
+def only_image(value: Any) -> Any:
+    """The picture of a column that holds one, or a list of one."""
+    if isinstance(value, list | tuple):
+        if len(value) != 1:
+            raise DataError(f"the row has {len(value)} images and needs exactly one; split the row or join the images")
+        value = value[0]
+    return value

@@ -1,0 +1,33 @@
+"""Tokens that a policy cannot produce, in every forward: generation, old, reference and training passes alike.
+
+A sampled vision placeholder would need a picture that does not exist. Banning it only while sampling would leave
+rollout and trainer with different distributions, so the ban is a constant bias on the output head: the same in every
+forward, no parameter, in no checkpoint, and gone when the saved model is loaded elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+_BAN = -1e4  # exp(-1e4) is exactly 0 in every float format, and the number is finite in fp16
+
+
+def ban_tokens(model: nn.Module, token_ids: Sequence[int]) -> None:
+    """Give the output head of ``model`` a fixed bias of -1e4 on ``token_ids``.
+
+    The head must be a linear layer without a trained bias, as in all supported families; raises ValueError otherwise.
+    """
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if weight is None or (getattr(head, "bias", None) is not None and "bias" in head._parameters):
+        raise ValueError(
+            f"Cannot ban tokens: the output head {type(head).__name__} has a trained bias or no weight. "
+            f"Vision placeholders could then be sampled."
+        )
+    bias = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    bias[list(token_ids)] = _BAN
+    head._parameters.pop("bias", None)  # nn.Linear(bias=False) keeps the name reserved for a parameter
+    head.register_buffer("bias", bias, persistent=False)

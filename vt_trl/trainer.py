@@ -1,0 +1,367 @@
+"""GRPO over episodes: TRL's trainer with our path from a row to a batch.
+
+What is ours: rows become episodes, rollouts, scores, a group penalty, advantages and tensors
+(``_generate_and_score_completions``). What is TRL's and stays untouched: the loss, the optimizer, checkpoints, logging
+and the training loop.
+
+    trainer = VTGRPOTrainer(model="Qwen/Qwen2.5-VL-7B-Instruct", args=VTGRPOConfig("out"), train_dataset=rows)
+    trainer.train()
+
+``rows`` has the columns image, question, answer and optionally id and data_source (:mod:`vt_trl.data`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import nn
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from vt_trl.chat import ChatEncoder
+from vt_trl.config import VTGRPOConfig
+from vt_trl.data import episode_row
+from vt_trl.envs import Environment, make_environment
+from vt_trl.families import family_of
+from vt_trl.features import ImageFeatures
+from vt_trl.generation.base import Backend, SamplingSettings
+from vt_trl.generation.hf import HFBackend
+from vt_trl.importance import sampling_ratio
+from vt_trl.metrics import MetricBook, RolloutRecord, mean, summarise, unique_by_id
+from vt_trl.packing import pack
+from vt_trl.rewards import group_advantages, group_penalty, make_reward
+from vt_trl.rollout import Limits, RolloutRunner
+from vt_trl.token_ban import ban_tokens
+from vt_trl.types import Rollout, RolloutStatus
+
+
+class VTGRPOTrainer(GRPOTrainer):
+    """GRPO over multi-turn episodes with pictures.
+
+    Args:
+        model: a model id, a folder, or a loaded model of a supported family (:mod:`vt_trl.families`).
+        args: :class:`VTGRPOConfig`.
+        reward_funcs: callables with TRL's signature; default: those named in ``args.rewards``. They also receive
+            ``rollout``, a list of :class:`vt_trl.types.Rollout`. None as a score drops the whole group.
+        environment: a factory of environments; default: the one named in ``args.environment``.
+        backend: where turns are sampled; default: vLLM if ``args.use_vllm``, else transformers.
+        Other arguments are those of :class:`trl.GRPOTrainer`.
+    """
+
+    _tag_names = ["trl", "grpo", "vt_trl"]
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: VTGRPOConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        reward_funcs: list[Callable[..., Any]] | None = None,
+        environment: Callable[[], Environment] | None = None,
+        backend: Backend | None = None,
+        **kwargs: Any,
+    ):
+        # TRL would build an engine of its own here; ours has other needs (see vt_trl/generation/vllm.py).
+        use_vllm, args.use_vllm = args.use_vllm, False
+        try:
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs or [make_reward(name) for name in args.rewards],
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                **kwargs,
+            )
+        finally:
+            args.use_vllm = use_vllm
+        self.reward_func_names = list(args.rewards) if reward_funcs is None else self.reward_func_names
+        self._correct_column = self._find_correctness(args)
+        self._books = {"train": MetricBook(), "eval": MetricBook()}
+        self._groups_seen = 0
+        self.last_rollouts: list[Rollout] = []
+        self._setup_tokens()
+        self._setup_rollouts(args, environment, backend, use_vllm)
+
+    def _find_correctness(self, args: VTGRPOConfig) -> int:
+        if args.correctness_reward in self.reward_func_names:
+            return self.reward_func_names.index(args.correctness_reward)
+        if len(self.reward_func_names) == len(args.rewards):  # callables given in the order of the settings
+            return args.rewards.index(args.correctness_reward)
+        raise ValueError(
+            f"correctness_reward is {args.correctness_reward!r}, but the reward functions are "
+            f"{self.reward_func_names}; name the one that tells right from wrong."
+        )
+
+    def _setup_tokens(self) -> None:
+        policy = self.accelerator.unwrap_model(self.model)
+        self.family = family_of(policy.config)
+        self.stop_ids = sorted(set(self.eos_token_ids))
+        head = policy.get_output_embeddings()
+        self.banned_ids = self.family.banned_ids(self._tokenizer, head.weight.shape[0], set(self.stop_ids))
+        self.image_token_id = self._tokenizer.convert_tokens_to_ids(self.family.image_token)
+        ban_tokens(policy.get_base_model() if hasattr(policy, "get_base_model") else policy, self.banned_ids)
+        if self.ref_model is not None:
+            ban_tokens(self.accelerator.unwrap_model(self.ref_model), self.banned_ids)
+
+    def _setup_rollouts(
+        self,
+        args: VTGRPOConfig,
+        environment: Callable[[], Environment] | None,
+        backend: Backend | None,
+        use_vllm: bool,
+    ) -> None:
+        self.features = ImageFeatures(self.processing_class.image_processor)
+        environment = environment or make_environment(args.environment, args.environment_args)
+        self.use_vllm = use_vllm
+        self.runner = RolloutRunner(
+            environment,
+            backend or (self._vllm_backend(environment().max_turns) if use_vllm else self._hf_backend()),
+            ChatEncoder(self._tokenizer, self.family, self.features),
+            self.stop_ids,
+            Limits(args.max_turn_tokens, args.max_completion_length, args.vllm_max_model_length if use_vllm else None),
+        )
+
+    def _hf_backend(self) -> HFBackend:
+        return HFBackend(
+            self._generation_model,
+            self.features,
+            pad_id=self._tokenizer.pad_token_id,
+            stop_ids=self.stop_ids,
+            banned_ids=self.banned_ids,
+            image_token_id=self.image_token_id,
+            max_batch=self.args.generation_chunk,
+        )
+
+    def _vllm_backend(self, max_images: int) -> Backend:
+        from vt_trl.generation.vllm import ColocatedEngine, VLLMBackend
+
+        args = self.args
+        self.vllm_generation = ColocatedEngine(
+            model=self.model,
+            accelerator=self.accelerator,
+            processing_class=self.processing_class,
+            mode=args.vllm_mode,
+            max_images=max_images,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_length=args.vllm_max_model_length,
+            max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            model_impl=args.vllm_model_impl,
+            trust_remote_code=args.trust_remote_code,
+        )
+        return VLLMBackend(
+            self.vllm_generation,
+            image_token_id=self.image_token_id,
+            eos_token_ids=self.stop_ids,
+            banned_ids=self.banned_ids,
+            weights_version=lambda: self.state.global_step,
+        )
+
+    @contextmanager
+    def _generation_model(self) -> Iterator[nn.Module]:
+        """The policy, gathered from its shards and with gradient checkpointing off."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as policy,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            yield policy
+
+    # The seam: one generation batch from rows to the dictionary that TRL's loss reads.
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        mode = "train" if self.model.training else "eval"
+        group_size = self.num_generations if mode == "train" else self.num_generations_eval
+        start = time.perf_counter()
+        self.features.clear()
+        rollouts = self._roll_out(inputs, group_size, mode)
+        rolled = time.perf_counter()
+        batch = pack(
+            rollouts,
+            self.features,
+            pad_id=self._tokenizer.pad_token_id,
+            image_token_id=self.image_token_id,
+            device=self.accelerator.device,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+        scored = self._score(rollouts, group_size)
+        self._mask_unusable(batch, rollouts, scored["reward"], group_size)
+        batch["advantages"] = scored["advantage"]
+        loss_tokens = (batch["completion_mask"] * batch["tool_mask"]).sum()
+        batch["num_items_in_batch"] = self.accelerator.gather(loss_tokens).sum()
+        self._add_logprobs(batch, mode)
+        self._record(rollouts, scored, group_size, mode)
+        self.last_rollouts = rollouts
+        timings = self._books[mode].timings
+        timings["time/rollout_seconds"].append(rolled - start)
+        timings["time/score_seconds"].append(time.perf_counter() - rolled)
+        return batch
+
+    def _roll_out(self, inputs: list[dict[str, Any]], group_size: int, mode: str) -> list[Rollout]:
+        greedy = mode == "eval" and self.args.eval_greedy
+        settings = SamplingSettings(
+            temperature=0.0 if greedy else self.temperature,
+            top_p=1.0 if greedy else self.top_p,
+            top_k=0 if greedy else self.top_k,
+            min_p=None if greedy else self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+        rows = [episode_row(row) for row in inputs[::group_size]]  # the sampler repeats each row side by side
+        return self.runner.run(rows, group_size, settings)
+
+    def _score(self, rollouts: list[Rollout], group_size: int) -> dict[str, torch.Tensor]:
+        """Parts (N, F), ``correct`` (N,) with NaN where undecided, penalty, reward, advantage (N,) of this process."""
+        inputs = [{**rollout.row, "rollout": rollout} for rollout in rollouts]
+        prompts = [[m.as_dict() for m in r.messages[: r.prompt_messages]] for r in rollouts]
+        completions = [[m.as_dict() for m in r.messages[r.prompt_messages :]] for r in rollouts]
+        everyone = self._calculate_rewards(inputs, prompts, completions, [r.completion_ids for r in rollouts])
+        here = slice(self.accelerator.process_index * len(rollouts), None)
+        parts = everyone[here][: len(rollouts)].float().cpu()
+        correct = parts[:, self._correct_column]
+        asked = torch.tensor([rollout.asked for rollout in rollouts])
+        penalty = group_penalty(
+            self.args.penalty, correct > 0.5, asked, group_size, self.args.penalty_theta, self.args.penalty_amount
+        )
+        # NaN in any part is a score nobody could give: the sum, and with it the group, stays unknown.
+        reward = (parts * self.reward_weights.cpu()).sum(dim=1) - penalty
+        all_rewards = self.accelerator.gather(reward.to(self.accelerator.device)).cpu()
+        advantage = group_advantages(all_rewards, group_size, self.scale_rewards)[here][: len(rollouts)]
+        return {
+            "parts": parts,
+            "correct": correct,
+            "penalty": penalty,
+            "reward": reward,
+            "advantage": advantage,
+        }
+
+    def _mask_unusable(
+        self, batch: dict[str, Any], rollouts: list[Rollout], reward: torch.Tensor, group_size: int
+    ) -> None:
+        """Take the loss, never the attention, from groups that could not be scored and from truncated episodes."""
+        failed = reward.isnan().view(-1, group_size).any(dim=1).repeat_interleave(group_size)
+        if self.mask_truncated_completions:
+            failed |= torch.tensor([rollout.status is RolloutStatus.TRUNCATED for rollout in rollouts])
+        batch["tool_mask"] = batch["tool_mask"] * (~failed).to(batch["tool_mask"].device).unsqueeze(1)
+
+    def _add_logprobs(self, batch: dict[str, Any], mode: str) -> None:
+        """Old and reference log-probabilities (B, C) where the loss needs them, and vLLM's importance ratio."""
+        args = self.args
+        correct_engine = self.use_vllm and self.vllm_importance_sampling_correction
+        generate_every = args.steps_per_generation * self.num_iterations
+        # Without an engine, and with one update per generation, old and new log-probabilities are the same numbers.
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
+            if correct_engine or args.gradient_accumulation_steps % generate_every != 0:
+                batch["old_per_token_logps"] = self._logprobs(self.model, batch, mode)
+            if self.beta != 0.0:
+                batch["ref_per_token_logps"] = self._reference_logprobs(batch, mode)
+        if not correct_engine:
+            return
+        mask = batch["completion_mask"] * batch["tool_mask"]
+        old, sampled = batch["old_per_token_logps"], batch["sampling_per_token_logps"]
+        batch["importance_sampling_ratio"] = sampling_ratio(
+            old,
+            sampled,
+            mask,
+            self.vllm_importance_sampling_mode,
+            self.vllm_importance_sampling_clip_min,
+            self.vllm_importance_sampling_clip_max,
+        )
+        gap = (old - sampled).abs()[mask.bool() & ~sampled.isnan()]
+        self._books[mode].timings["sampling/logp_difference_max"].append(gap.max().item() if len(gap) else 0.0)
+        self._books[mode].timings["sampling/logp_difference_mean"].append(gap.mean().item() if len(gap) else 0.0)
+
+    def _reference_logprobs(self, batch: dict[str, Any], mode: str) -> torch.Tensor:
+        if self.ref_model is not None:
+            return self._logprobs(self.ref_model, batch, mode)
+        policy = self.accelerator.unwrap_model(self.model)
+        with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+            return self._logprobs(self.model, batch, mode)
+
+    def _logprobs(self, model: nn.Module, batch: dict[str, Any], mode: str) -> torch.Tensor:
+        """(B, C) log-probabilities of the completion tokens under ``model``."""
+        args = self.args
+        pictures = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
+        logps, _, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].size(1),
+            batch_size=args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size,
+            **{name: batch[name] for name in pictures if name in batch},
+        )
+        return logps
+
+    def _record(
+        self, rollouts: list[Rollout], scored: dict[str, torch.Tensor], group_size: int, mode: str
+    ) -> None:
+        rank, records = self.accelerator.process_index, []
+        for index, rollout in enumerate(rollouts):
+            correct = scored["correct"][index].item()
+            records.append(
+                RolloutRecord.of(
+                    rollout,
+                    group=f"{rank}/{self._groups_seen + index // group_size}",
+                    correct=None if math.isnan(correct) else correct > 0.5,
+                    reward=scored["reward"][index].item(),
+                    penalty=scored["penalty"][index].item(),
+                    advantage=scored["advantage"][index].item(),
+                    parts=dict(zip(self.reward_func_names, scored["parts"][index].tolist(), strict=True)),
+                )
+            )
+        self._groups_seen += len(rollouts) // group_size
+        self._books[mode].records += records
+        self.last_records = records
+        if mode == "train":
+            tokens = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
+            self.state.num_input_tokens_seen += sum(gather_object([tokens]))
+        if self.log_completions:
+            self._log_completions(rollouts, records)
+
+    def _log_completions(self, rollouts: list[Rollout], records: list[RolloutRecord]) -> None:
+        """Fill the table that TRL prints and writes when ``log_completions`` is set."""
+        prompts = [[message.as_dict() for message in r.messages[: r.prompt_messages]] for r in rollouts]
+        completions = [[message.as_dict() for message in r.messages[r.prompt_messages :]] for r in rollouts]
+        everyone = gather_object(records)
+        self._logs["prompt"].extend(gather_object(prompts))
+        self._logs["completion"].extend(gather_object(completions))
+        for name in self.reward_func_names:
+            self._logs["rewards"][name].extend(record.parts[name] for record in everyone)
+        self._logs["advantages"].extend(record.advantage for record in everyone)
+        for column in ("status", "asked", "penalty"):
+            self._logs["extra"][column].extend(getattr(record, column) for record in everyone)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        generated = len(self._books["train"].timings["time/rollout_seconds"])
+        start = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        timings = self._books["train"].timings
+        inside = sum(sum(timings[name][generated:]) for name in ("time/rollout_seconds", "time/score_seconds"))
+        timings["time/update_seconds"].append(time.perf_counter() - start - inside)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add our means, over all processes, to what TRL logs. Called on every process."""
+        mode = "train" if self.model.training else "eval"
+        book, prefix = self._books[mode], "" if mode == "train" else "eval_"
+        records = gather_object(book.records)
+        if mode == "eval" and self.num_generations_eval == 1:
+            records = unique_by_id(records)
+        if records:
+            numbers = summarise(records) | {name: mean(values) for name, values in book.timings.items() if values}
+            logs.update({prefix + name: value for name, value in numbers.items()})
+        book.clear()
+        super().log(logs, start_time)
