@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,7 +15,7 @@ from trl.distributed import DistributedBackend
 
 from vt_trl.errors import ConfigError
 from vt_trl.generation.vllm import collapse_runs, content_id, placeholder_runs
-from vt_trl.generation.vllm_engine import ColocatedEngine
+from vt_trl.generation.vllm_engine import ColocatedEngine, random_state_kept
 
 
 def stand_in(model, load_weights, calls):
@@ -68,6 +70,22 @@ def test_caches_that_vllm_refuses_to_reset_raise():
 def test_settings_that_cannot_work_are_refused_before_anything_loads(wrong):
     with pytest.raises(ConfigError, match=f"vllm_{next(iter(wrong))}"):
         ColocatedEngine(model=None, accelerator=Accelerator(cpu=True), processing_class=None, **wrong)
+
+
+def test_the_random_states_survive_an_engine_that_seeds_them():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    def seed():
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+
+    seed()
+    expected = draw()
+    seed()
+    with random_state_kept():
+        seed()
+        draw()
+    assert draw() == expected
 
 
 def test_runs_collapse_to_one_placeholder_per_image():

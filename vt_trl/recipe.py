@@ -36,7 +36,10 @@ class RunArguments:
     max_eval_rows: int | None = field(default=None, metadata={"help": "Evaluate on the first rows only."})
     on_bad_row: str = field(
         default="error",
-        metadata={"help": "Rows that cannot be used stop the run, or are left out and counted.", "choices": ["error", "skip"]},
+        metadata={
+            "help": "Rows that cannot be used stop the run, or are left out and counted.",
+            "choices": ["error", "skip"],
+        },
     )
     lora: str = field(
         default="none",
@@ -67,8 +70,8 @@ class RunArguments:
 def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunArguments, VTGRPOConfig]:
     """Read a recipe and apply ``--key value`` overrides.
 
-    Raises ConfigError for a file that is no recipe, for an unknown key (with the nearest valid one), for a value of the
-    wrong kind, and for settings that contradict each other.
+    Raises ConfigError for a file that is no recipe, for an unknown key (with the nearest valid one), for a value of
+    the wrong kind, and for settings that contradict each other.
     """
     path = Path(path)
     check_keys(read_yaml(path), str(path))
@@ -78,7 +81,8 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunAr
             ["--config", str(path), *overrides], return_remaining_strings=True, fail_with_unknown_args=False
         )
     except SystemExit as error:  # argparse has printed which value it could not take
-        raise ConfigError(f"{path} with {' '.join(overrides) or 'no overrides'}: a value has the wrong kind.") from error
+        given = " ".join(overrides) or "no overrides"
+        raise ConfigError(f"{path} with {given}: a value has the wrong kind (see above).") from error
     unknown = [text for text in rest if text.startswith("--")]
     if rest:
         check_keys({text[2:].partition("=")[0]: None for text in unknown}, "the command line")

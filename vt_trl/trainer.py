@@ -24,8 +24,6 @@ from datasets import Dataset
 from torch import nn
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
 
 from vt_trl.chat import ChatEncoder
 from vt_trl.config import VTGRPOConfig
@@ -35,9 +33,9 @@ from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
 from vt_trl.generation.base import Backend, SamplingSettings
 from vt_trl.generation.hf import HFBackend
-from vt_trl.importance import sampling_ratio
 from vt_trl.metrics import MetricBook, RolloutRecord, mean, summarise, unique_by_id
 from vt_trl.packing import pack
+from vt_trl.passes import add_logprobs
 from vt_trl.rewards import group_advantages, group_penalty, make_reward
 from vt_trl.rollout import Limits, RolloutRunner
 from vt_trl.token_ban import ban_tokens
@@ -203,12 +201,15 @@ class VTGRPOTrainer(GRPOTrainer):
         batch["advantages"] = scored["advantage"]
         loss_tokens = (batch["completion_mask"] * batch["tool_mask"]).sum()
         batch["num_items_in_batch"] = self.accelerator.gather(loss_tokens).sum()
-        self._add_logprobs(batch, mode)
+        chunk = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        gaps = add_logprobs(self, batch, chunk)
         self._record(rollouts, scored, group_size, mode)
         self.last_rollouts = rollouts
         timings = self._books[mode].timings
         timings["time/rollout_seconds"].append(rolled - start)
         timings["time/score_seconds"].append(time.perf_counter() - rolled)
+        for name, value in gaps.items():
+            timings[name].append(value)
         return batch
 
     def _roll_out(self, inputs: list[dict[str, Any]], group_size: int, mode: str) -> list[Rollout]:
@@ -256,54 +257,6 @@ class VTGRPOTrainer(GRPOTrainer):
         if self.mask_truncated_completions:
             failed |= torch.tensor([rollout.status is RolloutStatus.TRUNCATED for rollout in rollouts])
         batch["tool_mask"] = batch["tool_mask"] * (~failed).to(batch["tool_mask"].device).unsqueeze(1)
-
-    def _add_logprobs(self, batch: dict[str, Any], mode: str) -> None:
-        """Old and reference log-probabilities (B, C) where the loss needs them, and vLLM's importance ratio."""
-        args = self.args
-        correct_engine = self.use_vllm and self.vllm_importance_sampling_correction
-        generate_every = args.steps_per_generation * self.num_iterations
-        # Without an engine, and with one update per generation, old and new log-probabilities are the same numbers.
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs):
-            if correct_engine or args.gradient_accumulation_steps % generate_every != 0:
-                batch["old_per_token_logps"] = self._logprobs(self.model, batch, mode)
-            if self.beta != 0.0:
-                batch["ref_per_token_logps"] = self._reference_logprobs(batch, mode)
-        if not correct_engine:
-            return
-        mask = batch["completion_mask"] * batch["tool_mask"]
-        old, sampled = batch["old_per_token_logps"], batch["sampling_per_token_logps"]
-        batch["importance_sampling_ratio"] = sampling_ratio(
-            old,
-            sampled,
-            mask,
-            self.vllm_importance_sampling_mode,
-            self.vllm_importance_sampling_clip_min,
-            self.vllm_importance_sampling_clip_max,
-        )
-        gap = (old - sampled).abs()[mask.bool() & ~sampled.isnan()]
-        self._books[mode].timings["sampling/logp_difference_max"].append(gap.max().item() if len(gap) else 0.0)
-        self._books[mode].timings["sampling/logp_difference_mean"].append(gap.mean().item() if len(gap) else 0.0)
-
-    def _reference_logprobs(self, batch: dict[str, Any], mode: str) -> torch.Tensor:
-        if self.ref_model is not None:
-            return self._logprobs(self.ref_model, batch, mode)
-        policy = self.accelerator.unwrap_model(self.model)
-        with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
-            return self._logprobs(self.model, batch, mode)
-
-    def _logprobs(self, model: nn.Module, batch: dict[str, Any], mode: str) -> torch.Tensor:
-        """(B, C) log-probabilities of the completion tokens under ``model``."""
-        args = self.args
-        pictures = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
-        logps, _, _ = self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-            batch["completion_ids"].size(1),
-            batch_size=args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size,
-            **{name: batch[name] for name in pictures if name in batch},
-        )
-        return logps
 
     def _record(
         self, rollouts: list[Rollout], scored: dict[str, torch.Tensor], group_size: int, mode: str

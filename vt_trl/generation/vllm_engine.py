@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache
@@ -77,7 +81,8 @@ class ColocatedEngine(VLLMGeneration):
         os.environ["WORLD_SIZE"] = str(self.accelerator.num_processes)
         ensure_master_addr_port()
         eager = on_cpu if self.enforce_eager is None else self.enforce_eager
-        self.llm = LLM(**self._llm_arguments(eager))
+        with random_state_kept():
+            self.llm = LLM(**self._llm_arguments(eager))
         missing = [name for name in CACHES if not hasattr(self.llm.llm_engine, name)]
         if missing:
             raise ConfigError(
@@ -193,6 +198,23 @@ def keep_cpu_weights_writable() -> None:
             module.dispatch_cpu_unquantized_gemm = unpacked
 
 
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the global random states as they were.
+
+    vLLM seeds them all when it starts, with a seed of its own; its sampling and the training around it draw from them,
+    and would no longer depend on the seed of the training run.
+    """
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
 def _quantization(model: torch.nn.Module) -> str | None:
     """``"bitsandbytes"`` for a model loaded in 4 bits. Raises ConfigError for 8 bits, which vLLM cannot take over."""
     kinds = {type(module).__name__ for module in model.modules()}
@@ -201,8 +223,11 @@ def _quantization(model: torch.nn.Module) -> str | None:
     return "bitsandbytes" if "Linear4bit" in kinds else None
 
 
-def _pixel_limits(processing_class: Any) -> dict[str, int] | None:
-    """The image processor's size limits in pixels, also when changed after loading; None if it counts otherwise."""
+def _pixel_limits(processing_class: Any) -> dict[str, Any] | None:
+    """The image processor's size limits, for vLLM's own copy of it, which it loads from the checkpoint.
+
+    In pixels; None for processors that bound sizes otherwise, where the checkpoint's settings then stand.
+    """
     size = getattr(getattr(processing_class, "image_processor", None), "size", None) or {}
-    low, high = (size.get(edge) for edge in ("shortest_edge", "longest_edge"))
-    return {"min_pixels": low, "max_pixels": high} if low and high else None
+    limits = {edge: size.get(edge) for edge in ("shortest_edge", "longest_edge")}
+    return {"size": limits} if all(limits.values()) else None

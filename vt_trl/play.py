@@ -1,0 +1,218 @@
+"""Answer as the policy: a recipe's own environment and rewards, a person in place of the model, which is never loaded.
+
+    vt-trl play recipes/x.yaml --row 3
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vt_trl.config import VTGRPOConfig
+from vt_trl.data import episode_row, load_rows
+from vt_trl.envs import Environment, make_environment
+from vt_trl.envs.base import message
+from vt_trl.errors import ConfigError, DataError
+from vt_trl.recipe import RunArguments, parse_recipe
+from vt_trl.rewards import make_reward
+from vt_trl.types import Done, ImagePart, Message, Observation, Rollout, Turn
+
+HELP = (
+    "You are the policy. Type a reply of one or more lines and end it with an empty line (a reply itself can hold "
+    "none). End of input (Ctrl-D) leaves the session."
+)
+Ask, Show = Callable[[str], str], Callable[[str], Any]
+
+
+def play(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    row: int = 0,
+    folder: str | Path | None = None,
+    ask: Ask = input,
+    show: Show = print,
+) -> dict[str, Any]:
+    """Play one row of a recipe's data set by hand; returns what was shown at the end.
+
+    Args:
+        row: number of the row, from 0, in the order of the data set.
+        folder: where pictures are saved as PNG; default: a new temporary folder, which is kept.
+        ask: gives one line of the reply; raises EOFError to end the session, as ``input`` does.
+        show: receives every text shown.
+
+    Returns:
+        ``finished`` and ``pictures`` (paths), ``turns``; and when the episode has ended ``status``, ``faults``,
+        ``answer``, ``gold``, ``parts`` and ``weights`` by reward name (a part is None when it could not be judged)
+        and ``total`` (None then, too), without a group penalty: that one is defined between rollouts.
+
+    Raises:
+        ConfigError: for a recipe that cannot work or a row that is not there.
+        DataError: for a data set or a row that cannot be used.
+    """
+    # Nothing is computed here: without this, bf16 in a recipe would be refused on a machine that cannot train it.
+    run, args = parse_recipe(recipe, ["--use_cpu", "true", *overrides])
+    episode = _Episode(make_environment(args.environment, args.environment_args)(), _read_row(run, row), folder, show)
+    show(HELP)
+    rollout = episode.run(ask)
+    result = {"finished": rollout is not None, "pictures": episode.pictures, "turns": len(episode.turns)}
+    if rollout is None:
+        show("\nThe session ended before the episode did; nothing is scored.")
+        return result
+    result |= _score(rollout, args)
+    _show_end(result, show)
+    return result
+
+
+def _read_row(run: RunArguments, number: int) -> dict[str, Any]:
+    rows = load_rows(run.dataset, run.dataset_split, run.max_rows)
+    if not 0 <= number < len(rows):
+        raise ConfigError(
+            f"row is {number}, but {run.dataset!r} has {len(rows)} rows; give a number from 0 to {len(rows) - 1}."
+        )
+    try:
+        return episode_row(rows[number])
+    except DataError as error:
+        raise error.at(row=number) from error
+
+
+class _Episode:
+    """An episode under way, with the bookkeeping of :mod:`vt_trl.rollout` but for tokens."""
+
+    def __init__(self, environment: Environment, row: dict[str, Any], folder: str | Path | None, show: Show):
+        self.row = row
+        self.show = show
+        self.folder = Path(folder or tempfile.mkdtemp(prefix="vt-trl-play-"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.pictures: list[Path] = []
+        self.images: list[Image.Image] = []
+        self.turns: list[Turn] = []
+        first = environment.reset(row)
+        self.environment = environment.fork()  # as in training, so that a broken fork() shows up here
+        self.messages: list[Message] = list(first.messages)
+        self.prompt_messages = len(first.messages)
+
+    def run(self, ask: Ask) -> Rollout | None:
+        """Play to the end; None when the input ends first."""
+        asked = attempted = False
+        self._display(self.messages)
+        while (reply := _read_reply(ask)) is not None:
+            outcome: Observation | Done = self.environment.step(reply)
+            self.turns.append(Turn(reply, (), (), finished=True, faults=outcome.faults))
+            self.messages.append(message("assistant", reply))
+            attempted = attempted or outcome.called
+            if isinstance(outcome, Done):
+                return self._finish(outcome, asked, attempted)
+            asked = asked or outcome.granted
+            self.messages += outcome.messages
+            if outcome.faults:
+                self.show(f"\nFaults of this turn: {', '.join(outcome.faults)}")
+            self._display(outcome.messages)
+        return None
+
+    def _display(self, messages: Sequence[Message]) -> None:
+        for one in messages:
+            self.show(f"\n--- {one.role} ---")
+            for part in one.parts:
+                self.show(self._save(part.image) if isinstance(part, ImagePart) else printable(part.text))
+
+    def _save(self, image: Image.Image) -> str:
+        path = self.folder / f"picture-{len(self.pictures) + 1}.png"
+        image.save(path)
+        self.pictures.append(path)
+        self.images.append(image)
+        return f"[picture {len(self.pictures)}: {image.width} x {image.height} px, saved as {path}]"
+
+    def _finish(self, done: Done, asked: bool, attempted: bool) -> Rollout:
+        return Rollout(
+            row=self.row,
+            prompt_ids=[],
+            completion_ids=[],
+            loss_mask=[],
+            logprobs=[],
+            images=self.images,
+            messages=self.messages,
+            prompt_messages=self.prompt_messages,
+            turns=self.turns,
+            status=done.status,
+            answer=done.answer,
+            asked=asked,
+            attempted=attempted,
+            detail=done.detail,
+        )
+
+
+def _read_reply(ask: Ask) -> str | None:
+    """Lines up to an empty one, or up to the end of input; None when the input ends before the first line."""
+    lines: list[str] = []
+    while True:
+        try:
+            line = ask("> ")
+        except EOFError:
+            return "\n".join(lines) if lines else None
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """The text without control characters, with which a data set could command the terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def _score(rollout: Rollout, args: VTGRPOConfig) -> dict[str, Any]:
+    parts = {name: _call_reward(name, rollout) for name in args.rewards}
+    weights = dict(zip(args.rewards, args.reward_weights, strict=True))
+    known = None not in parts.values()
+    return {
+        "status": rollout.status.value,
+        "detail": rollout.detail,
+        "faults": [[fault.value for fault in turn.faults] for turn in rollout.turns],
+        "answer": rollout.answer,
+        "gold": rollout.row["answer"],
+        "parts": parts,
+        "weights": weights,
+        "total": sum(weights[name] * score for name, score in parts.items()) if known else None,
+    }
+
+
+def _call_reward(name: str, rollout: Rollout) -> float | None:
+    """One reward function with the arguments that TRL's trainer would give it; None: could not be judged."""
+    reserved = ("prompt", "completion", "completion_ids")
+    columns = {key: [value] for key, value in rollout.row.items() if key not in reserved}
+    scores = make_reward(name)(
+        prompts=[[one.as_dict() for one in rollout.messages[: rollout.prompt_messages]]],
+        completions=[[one.as_dict() for one in rollout.messages[rollout.prompt_messages :]]],
+        completion_ids=[[]],
+        rollout=[rollout],
+        trainer_state=None,
+        log_extra=lambda *_: None,
+        log_metric=lambda *_: None,
+        **columns,
+    )
+    score = asyncio.run(_wait(scores)) if inspect.isawaitable(scores) else scores
+    return None if score[0] is None or math.isnan(score[0]) else float(score[0])
+
+
+async def _wait(scores: Any) -> Any:
+    return await scores
+
+
+def _show_end(result: dict[str, Any], show: Show) -> None:
+    show(f"\nStatus: {result['status']}" + (f" ({printable(result['detail'])})" if result["detail"] else ""))
+    for number, faults in enumerate(result["faults"], start=1):
+        show(f"Turn {number}: {', '.join(faults) or 'well-formed'}")
+    for name, score in result["parts"].items():
+        points = "could not be judged" if score is None else f"{score:g}"
+        show(f"Reward {name}: {points} (weight {result['weights'][name]:g})")
+    total = "unknown; in training the whole group would be dropped" if result["total"] is None else result["total"]
+    show(f"Total: {total} (no group penalty: a single rollout has no group to compare it with)")
+    show(f"Answer: {'none' if result['answer'] is None else printable(result['answer'])}")
+    show(f"Correct: {printable(' or '.join(result['gold']))}")

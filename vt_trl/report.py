@@ -1,0 +1,227 @@
+"""A run as one HTML file that opens anywhere: the result, the curves, and whole episodes with their pictures.
+
+Pictures and plots are ``data:`` URIs and nothing is loaded from elsewhere. What a policy or a data set wrote is
+untrusted: the template escapes all of it, and the page forbids scripts. Needs ``vt-trl[report]``.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vt_trl.metrics import RolloutRecord
+from vt_trl.plots import plot_history, plot_request_rates
+from vt_trl.types import ImagePart, Message, Rollout
+
+try:
+    import jinja2
+except ImportError as error:
+    raise ImportError(f"{error}. A report needs more packages: pip install 'vt-trl[report]'.") from error
+
+__all__ = ["CURVES", "HEADLINE", "Episode", "choose_episodes", "plot_request_rates", "tokens_per_image", "write_report"]
+
+NOTHING = "–"  # stands where a number is missing
+CURVES = (  # title, and the key of TRL's log history; ``key/<data_source>`` is drawn with it
+    ("Reward", "reward"),
+    ("Share of rollouts that asked for the full picture", "request_rate"),
+    ("Accuracy", "accuracy"),
+)
+HEADLINE = (  # row of the table, its key in ``before`` and ``after``, and the keys of always low and always full
+    ("Accuracy", "accuracy", "always_low_accuracy", "always_full_accuracy"),
+    ("Accuracy on easy questions", "accuracy_easy", "", ""),
+    ("Accuracy on hard questions", "accuracy_hard", "", ""),
+    ("Requests on easy questions", "request_rate_easy", "", ""),
+    ("Requests on hard questions", "request_rate_hard", "", ""),
+    ("Visual tokens per question", "visual_tokens_mean", "", "visual_tokens_always_full"),
+)
+_IN_TEXT = {"before", "after", "control", "title", *(key for row in HEADLINE for key in row[2:])}
+_PICTURE_SIDE = 240  # small pictures are enlarged towards this, in CSS pixels
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A rollout with its numbers; ``label`` is printed with it, such as "after training"."""
+
+    rollout: Rollout
+    record: RolloutRecord
+    label: str = ""
+
+
+def choose_episodes(pairs: Iterable[Episode | tuple[Rollout, RolloutRecord]], count: int = 8) -> list[Episode]:
+    """A varied selection, the same for the same input.
+
+    Kinds of episode (status, asked, correct, source) are shown in turn; within that, groups that taught something
+    (an advantage other than 0) go first, then statuses and sources not shown yet, then rows not shown yet.
+    """
+    left = [pair if isinstance(pair, Episode) else Episode(*pair) for pair in pairs]
+    live = {episode.record.group for episode in left if episode.record.advantage}
+    kinds: Counter[tuple] = Counter()
+    traits: Counter[tuple] = Counter()
+    rows: Counter[str] = Counter()
+
+    def rank(episode: Episode) -> tuple:
+        record, kind = episode.record, _kind(episode.record)
+        new = sum(trait not in traits for trait in enumerate(kind))
+        return kinds[kind], record.group not in live, -new, rows[record.id]
+
+    chosen = []
+    while left and len(chosen) < count:
+        best = min(left, key=rank)  # the first of equals
+        left.remove(best)
+        chosen.append(best)
+        kinds[_kind(best.record)] += 1
+        traits.update(enumerate(_kind(best.record)))
+        rows[best.record.id] += 1
+    return chosen
+
+
+def _kind(record: RolloutRecord) -> tuple:
+    return record.status, record.asked, record.correct, record.source
+
+
+def write_report(
+    path: str | Path,
+    *,
+    title: str,
+    facts: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    episodes: Sequence[Episode | tuple[Rollout, RolloutRecord]],
+    curves: Sequence[tuple[str, str]] = CURVES,
+) -> Path:
+    """Write the report to ``path`` and return it. Numbers that are missing or NaN are printed as a dash.
+
+    Args:
+        facts: results of the run: ``before`` and ``after`` (keys of :data:`HEADLINE`, shares from 0 to 1), ``control``
+            (``chance``, ``hard_low_accuracy``, ``hard_full_accuracy``), the two fixed policies; the rest is listed.
+        history: TRL's ``log_history``.
+        episodes: printed in this order, all of them, pictures as PNG at the size shown (:func:`choose_episodes`).
+        curves: title and key of each plot; a key that the history lacks is left out.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vt_trl"), autoescape=True, undefined=jinja2.ChainableUndefined, trim_blocks=True
+    )
+    environment.filters |= {"share": _share, "number": _number}
+    shown = [episode if isinstance(episode, Episode) else Episode(*episode) for episode in episodes]
+    text = environment.get_template("report.html.j2").render(
+        title=title,
+        facts=facts,
+        headline=[_headline_row(facts, *row) for row in HEADLINE],
+        run={name.replace("_", " "): _words(name, facts[name]) for name in facts if name not in _IN_TEXT},
+        plots=[plot for curve in curves if (plot := _plot(history, *curve))],
+        episodes=[_episode_view(episode) for episode in shown],
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))  # JSON can smuggle in lone surrogates
+    return path
+
+
+def _share(value: Any) -> str:
+    return f"{100 * value:.1f} %" if _is_number(value) else NOTHING
+
+
+def _number(value: Any, digits: int = 1, sign: str = "") -> str:
+    return f"{value:{sign}.{digits}f}" if _is_number(value) else NOTHING
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _words(name: str, value: Any) -> str:
+    """A fact of any kind as a line of text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_words('', item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_words("", item) for item in value)
+    if not _is_number(value) or isinstance(value, bool):
+        return NOTHING if value is None or isinstance(value, float) else str(value)  # a float here is NaN or infinite
+    if name.endswith("_seconds"):
+        return f"{int(value) // 60} min {int(value) % 60} s" if value >= 60 else f"{value:.1f} s"
+    return _share(value) if name.endswith("_share") else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _headline_row(facts: Mapping[str, Any], label: str, key: str, low: str, full: str) -> list[str]:
+    """The label and the cells before, after, always low, always full."""
+    values = [(facts.get(when) or {}).get(key) for when in ("before", "after")] + [facts.get(low), facts.get(full)]
+    return [label, *(_number(value) if key == "visual_tokens_mean" else _share(value) for value in values)]
+
+
+def _plot(history: Sequence[Mapping[str, Any]], title: str, key: str) -> dict[str, str] | None:
+    """A curve as a picture with a description of it; None when nothing was logged under ``key``."""
+    drawn = plot_history(history, title, key)
+    return drawn and {"title": title, "src": _uri("svg+xml", drawn.svg), "summary": drawn.summary}
+
+
+def _episode_view(episode: Episode) -> dict[str, Any]:
+    """What the template prints of an episode: plain texts, numbers as texts, pictures as URIs."""
+    rollout, record = episode.rollout, episode.record
+    largest = max((side for image in rollout.images for side in image.size), default=1)
+    scale = min(max(_PICTURE_SIDE // largest, 1), 8)  # one for all, so that a low view looks as small as it is
+    tokens, turns = iter(tokens_per_image(rollout)), iter(rollout.turns)
+    steps = []
+    for position, message in enumerate(rollout.messages):
+        prompt = position < rollout.prompt_messages
+        turn = None if prompt or message.role != "assistant" else next(turns, None)
+        steps.append({"message": message, "prompt": prompt, "turn": turn, "parts": _parts(message, tokens, scale)})
+    answer = rollout.row.get("answer", "")
+    return {
+        "label": episode.label,
+        "record": record,
+        "detail": rollout.detail,
+        "steps": steps,
+        "question": rollout.row.get("question", ""),
+        "gold": [answer] if isinstance(answer, str) else list(answer),
+        "answer": rollout.answer,
+        "verdict": {True: "right", False: "wrong", None: "not judged"}[record.correct],
+    }
+
+
+def _parts(message: Message, tokens: Iterable[int], scale: int) -> list[dict[str, Any]]:
+    """Texts and pictures of a message in order. ``tokens``: visual tokens of the pictures still to come."""
+    parts, tokens = [], iter(tokens)
+    for part in message.parts:
+        if isinstance(part, ImagePart):
+            width, height = part.image.size
+            size = {"width": width, "height": height, "css": (width * scale, height * scale)}
+            parts.append(size | {"src": _png(part.image), "tokens": next(tokens, None), "pixelated": scale > 1})
+        else:
+            parts.append({"text": part.text})
+    return parts
+
+
+def tokens_per_image(rollout: Rollout) -> list[int]:
+    """Visual tokens of each picture of a rollout, read off the runs of the placeholder in its ids.
+
+    The placeholder is the id that occurs ``visual_tokens`` times in as many runs as there are pictures. Where this does
+    not name one id, the tokens are shared out by area.
+    """
+    runs: dict[int, list[int]] = defaultdict(list)
+    for token, run in groupby([*rollout.prompt_ids, *rollout.completion_ids]):
+        runs[token].append(len(list(run)))
+    wanted = len(rollout.images), rollout.visual_tokens
+    found = {tuple(lengths) for lengths in runs.values() if (len(lengths), sum(lengths)) == wanted}
+    if len(found) == 1:
+        return list(found.pop())
+    areas = [image.width * image.height for image in rollout.images]
+    return [round(rollout.visual_tokens * area / sum(areas)) for area in areas]
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _png(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return _uri("png", file.getvalue())
