@@ -38,7 +38,7 @@ class RolloutRecord:
     @classmethod
     def of(cls, rollout: Rollout, group: str, correct: bool | None = None, **numbers: Any) -> RolloutRecord:
         return cls(
-            id=str(rollout.row.get("id", "")),
+            id="" if rollout.row.get("id") is None else str(rollout.row["id"]),
             group=group,
             source=str(rollout.row.get("data_source") or ""),
             status=rollout.status.value,
@@ -116,7 +116,8 @@ def _group_shares(records: Sequence[RolloutRecord]) -> dict[str, float]:
     groups = [group for group in members.values() if len(group) > 1]
     if not groups:
         return {}
-    right = [[bool(record.correct) for record in group] for group in groups]
+    # A group with an undecided member is neither all right nor all wrong.
+    right = [[record.correct for record in group] for group in groups if all(r.correct is not None for r in group)]
     tool = [any(r.correct and r.asked for r in group) for group in groups]
     plain = [any(r.correct and not r.asked for r in group) for group in groups]
     return {
@@ -145,5 +146,8 @@ class MetricBook:
 
 
 def unique_by_id(records: Iterable[RolloutRecord]) -> list[RolloutRecord]:
-    """One record per row: a distributed sampler repeats rows to fill the last batch, and they must not count twice."""
-    return list({record.id: record for record in records}.values())
+    """One record per row: a distributed sampler repeats rows to fill the last batch, and they must not count twice.
+
+    Records without an id cannot be told apart and are all kept.
+    """
+    return list({record.id or index: record for index, record in enumerate(records)}.values())

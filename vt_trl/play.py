@@ -1,6 +1,6 @@
 """Answer as the policy: a recipe's own environment and rewards, a person in place of the model, which is never loaded.
 
-    vt-trl play recipes/x.yaml --row 3
+vt-trl play recipes/x.yaml --row 3
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ def play(
         show: receives every text shown.
 
     Returns:
-        ``finished`` and ``pictures`` (paths), ``turns``; and when the episode has ended ``status``, ``faults``,
-        ``answer``, ``gold``, ``parts`` and ``weights`` by reward name (a part is None when it could not be judged)
-        and ``total`` (None then, too), without a group penalty: that one is defined between rollouts.
+        ``finished``, ``pictures`` (paths) and ``turns`` (how many); and when the episode has ended ``status``,
+        ``detail``, ``faults`` (a list per turn), ``answer``, ``gold``, ``parts`` and ``weights`` by reward name (a
+        part is None when it could not be judged) and ``total`` (None then, too). The total is without a group
+        penalty, which exists only between the rollouts of a group.
 
     Raises:
         ConfigError: for a recipe that cannot work or a row that is not there.
@@ -58,7 +59,11 @@ def play(
     """
     # Nothing is computed here: without this, bf16 in a recipe would be refused on a machine that cannot train it.
     run, args = parse_recipe(recipe, ["--use_cpu", "true", *overrides])
-    episode = _Episode(make_environment(args.environment, args.environment_args)(), _read_row(run, row), folder, show)
+    environment = make_environment(args.environment, args.environment_args)()
+    try:
+        episode = _Episode(environment, _read_row(run, row), folder, show)
+    except DataError as error:
+        raise error.at(row=row) from error
     show(HELP)
     rollout = episode.run(ask)
     result = {"finished": rollout is not None, "pictures": episode.pictures, "turns": len(episode.turns)}
@@ -76,10 +81,7 @@ def _read_row(run: RunArguments, number: int) -> dict[str, Any]:
         raise ConfigError(
             f"row is {number}, but {run.dataset!r} has {len(rows)} rows; give a number from 0 to {len(rows) - 1}."
         )
-    try:
-        return episode_row(rows[number])
-    except DataError as error:
-        raise error.at(row=number) from error
+    return episode_row(rows[number])
 
 
 class _Episode:
@@ -193,12 +195,16 @@ def _call_reward(name: str, rollout: Rollout) -> float | None:
         completion_ids=[[]],
         rollout=[rollout],
         trainer_state=None,
-        log_extra=lambda *_: None,
-        log_metric=lambda *_: None,
+        log_extra=_ignore,
+        log_metric=_ignore,
         **columns,
     )
     score = asyncio.run(_wait(scores)) if inspect.isawaitable(scores) else scores
     return None if score[0] is None or math.isnan(score[0]) else float(score[0])
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """Stands in for the trainer's logs."""
 
 
 async def _wait(scores: Any) -> Any:
@@ -212,7 +218,8 @@ def _show_end(result: dict[str, Any], show: Show) -> None:
     for name, score in result["parts"].items():
         points = "could not be judged" if score is None else f"{score:g}"
         show(f"Reward {name}: {points} (weight {result['weights'][name]:g})")
-    total = "unknown; in training the whole group would be dropped" if result["total"] is None else result["total"]
+    total = result["total"]
+    total = "unknown, and in training the whole group would be dropped" if total is None else f"{total:g}"
     show(f"Total: {total} (no group penalty: a single rollout has no group to compare it with)")
     show(f"Answer: {'none' if result['answer'] is None else printable(result['answer'])}")
     show(f"Correct: {printable(' or '.join(result['gold']))}")

@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     raise ImportError(f"{error}. A report needs more packages: pip install 'vt-trl[report]'.") from error
 
-__all__ = ["CURVES", "HEADLINE", "Episode", "choose_episodes", "plot_request_rates", "tokens_per_image", "write_report"]
+__all__ = ["CURVES", "HEADLINE", "Episode", "choose_episodes", "plot_request_rates", "write_report"]
 
 NOTHING = "–"  # stands where a number is missing
 CURVES = (  # title, and the key of TRL's log history; ``key/<data_source>`` is drawn with it
@@ -116,7 +116,11 @@ def write_report(
         title=title,
         facts=facts,
         headline=[_headline_row(facts, *row) for row in HEADLINE],
-        run={name.replace("_", " "): _words(name, facts[name]) for name in facts if name not in _IN_TEXT},
+        run={
+            name.replace("_seconds", "_time").replace("_", " "): _words(name, facts[name])
+            for name in facts
+            if name not in _IN_TEXT
+        },
         plots=[plot for curve in curves if (plot := _plot(history, *curve))],
         episodes=[_episode_view(episode) for episode in shown],
     )
@@ -203,8 +207,8 @@ def _parts(message: Message, tokens: Iterable[int], scale: int) -> list[dict[str
 def tokens_per_image(rollout: Rollout) -> list[int]:
     """Visual tokens of each picture of a rollout, read off the runs of the placeholder in its ids.
 
-    The placeholder is the id that occurs ``visual_tokens`` times in as many runs as there are pictures. Where this does
-    not name one id, the tokens are shared out by area.
+    The placeholder is the id that occurs ``visual_tokens`` times in as many runs as there are pictures. Where that is
+    ambiguous, the tokens are shared out by area.
     """
     runs: dict[int, list[int]] = defaultdict(list)
     for token, run in groupby([*rollout.prompt_ids, *rollout.completion_ids]):

@@ -258,9 +258,7 @@ class VTGRPOTrainer(GRPOTrainer):
             failed |= torch.tensor([rollout.status is RolloutStatus.TRUNCATED for rollout in rollouts])
         batch["tool_mask"] = batch["tool_mask"] * (~failed).to(batch["tool_mask"].device).unsqueeze(1)
 
-    def _record(
-        self, rollouts: list[Rollout], scored: dict[str, torch.Tensor], group_size: int, mode: str
-    ) -> None:
+    def _record(self, rollouts: list[Rollout], scored: dict[str, torch.Tensor], group_size: int, mode: str) -> None:
         rank, records = self.accelerator.process_index, []
         for index, rollout in enumerate(rollouts):
             correct = scored["correct"][index].item()

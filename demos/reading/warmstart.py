@@ -1,4 +1,4 @@
-"""The base model of the demo: a tiny Qwen2.5-VL taught to read and to make both moves, with no idea when to make which.
+"""The base model of the demo: a tiny Qwen2.5-VL that reads and makes both moves, with no idea when to make which.
 
 It stands in for an instruction-tuned checkpoint. Three kinds of demonstrations, in equal numbers, none of which knows
 whether its picture is easy or hard:
@@ -54,7 +54,8 @@ def answer_reply(letter: str) -> str:
 
 def phrases(prompts: dict[str, str]) -> list[str]:
     """Fixed texts of an episode, for the tokenizer to take in as few tokens; letters stay tokens of their own."""
-    return [*prompts.values(), QUESTION, CLEAR, BLURRED, CALL, f"{CLEAR}<answer>", "</answer>", f"{BLURRED}{CALL}"]
+    said = [CLEAR, BLURRED, CALL, f"{CLEAR}<answer>", "</answer>", BLURRED + CALL]
+    return [*prompts.values(), QUESTION, *said]
 
 
 class _Demonstration:
@@ -164,9 +165,7 @@ def warm_start(
     return path
 
 
-def _fit(
-    model: Any, batches: _Batches, settings: WarmStart, seed: int, progress: Callable[[int, float], Any]
-) -> None:
+def _fit(model: Any, batches: _Batches, settings: WarmStart, seed: int, progress: Callable[[int, float], Any]) -> None:
     shares = {"direct": 1.0, "answer": 2 * (1 - settings.ask_share), "ask": 2 * settings.ask_share}
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True

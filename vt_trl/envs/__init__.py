@@ -22,7 +22,7 @@ def import_object(path: str, what: str) -> Any:
     module_name, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # the last two: no or a relative module
         raise ConfigError(
             f"{what} is {path!r}, but {error}. Write it as `module:Name`, with the module importable from where "
             f"you start the run."

@@ -67,8 +67,13 @@ class ColocatedEngine(VLLMGeneration):
         self._llm_weights_sleeping = False
         self._check_mode()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM reads it late; load_weights needs the model in reach
-        from vllm import LLM
-        from vllm.platforms import current_platform
+        try:
+            from vllm import LLM
+            from vllm.platforms import current_platform
+        except ImportError as error:
+            raise ConfigError(
+                f"use_vllm=True, but vLLM does not import ({error}). Install vt-trl[vllm], or set use_vllm to False."
+            ) from error
 
         on_cpu = current_platform.is_cpu()
         if on_cpu:

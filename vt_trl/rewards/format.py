@@ -25,5 +25,3 @@ def _well_formed(messages: list[dict[str, Any]]) -> bool:
     replies = [parse_reply(str(message["content"])) for message in messages if message["role"] == "assistant"]
     clean = bool(replies) and not any(reply.faults for reply in replies)
     return clean and all(reply.call for reply in replies[:-1]) and replies[-1].answer is not None
-
-

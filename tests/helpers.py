@@ -1,0 +1,60 @@
+"""Environments and scripts that several tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vt_trl.envs import ResizeEnv
+from vt_trl.generation.base import Request, Sample
+from vt_trl.types import Done, Observation, RolloutStatus
+
+CALL = '<think>too small</think><tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
+SHORT_PROMPTS = {
+    "system": "Tool",
+    "task": "{question}",
+    "before_image": "Full:",
+    "after_image": "Go",
+    "call_refused": "No. {reason}",
+}
+
+
+def answer(text: str) -> str:
+    return f"<think>seen</think><answer>{text}</answer>"
+
+
+class AsksFirst(ResizeEnv):
+    """Takes whatever the policy says first as a call and whatever it says next as its answer.
+
+    A random model makes no calls, but alignment must be tested with a second picture in the completion.
+    """
+
+    def step(self, reply: str, truncated: bool = False) -> Observation | Done:
+        if self.turn == 0:
+            return super().step(CALL)
+        return Done(RolloutStatus.ANSWERED, answer=reply)
+
+
+class Script:
+    """Plays given replies back through a tokenizer: ``choose(member, turn) -> text`` for the member-th rollout."""
+
+    def __init__(self, tokenizer: Any, choose: Callable[[int, int], str], logprob: float | None = None):
+        self.tokenizer, self.choose, self.logprob = tokenizer, choose, logprob
+        self.turns: dict[int, int] = {}
+        self.requests: list[Request] = []
+
+    def __call__(self, request: Request) -> Sample:
+        self.requests.append(request)
+        turn = self.turns.get(request.request_id, 0)
+        self.turns[request.request_id] = turn + 1
+        text = self.choose(request.request_id, turn)
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = (*ids, self.tokenizer.eos_token_id)
+        return Sample(request.request_id, ids, (self.logprob,) * len(ids), finished=True)
+
+    def restart(self) -> None:
+        self.turns.clear()
+
+
+def trained_tokens(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
+    return [token for token, keep in zip(ids, mask, strict=True) if keep]
