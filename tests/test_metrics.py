@@ -10,7 +10,7 @@ from vt_trl.metrics import MetricBook, RolloutRecord, mean, summarise, unique_by
 from vt_trl.types import Fault, Rollout, RolloutStatus, Turn
 
 
-def record(group="g", correct: bool | None = True, asked=False, **fields) -> RolloutRecord:
+def record(correct: bool | None = True, asked=False, group="g", **fields) -> RolloutRecord:
     defaults = {
         "id": "r",
         "source": "",

@@ -1,4 +1,4 @@
-"""Rollouts to tensors, with tokens drawn by hand: 1-9 text, 90 an image placeholder, 91 and 92 around it, 0 padding."""
+"""Rollouts to tensors, with tokens drawn by hand: 1-9 text, 90 an image placeholder between 91 and 92, 0 padding."""
 
 from __future__ import annotations
 

@@ -89,6 +89,14 @@ class VTGRPOConfig(GRPOConfig):
                 raise ConfigError(f"{name} is set to {value!r}, which has no effect here: {why}. Remove it.")
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns is true, which would drop the answers; remove it.")
+        truncation = {"top_p": 1.0, "top_k": 0, "min_p": None}
+        cut = [name for name, off in truncation.items() if getattr(self, name) != off]
+        if cut and self.use_vllm and self.vllm_importance_sampling_correction:
+            raise ConfigError(
+                f"{', '.join(cut)} is set: vLLM then reports probabilities after truncation, the trainer's forward "
+                f"knows none, and the importance ratio between them is wrong. Remove it, or set "
+                f"vllm_importance_sampling_correction: false."
+            )
         if self.temperature <= 0:
             raise ConfigError(
                 f"temperature is {self.temperature}: a group of equal rollouts teaches nothing. Set it above 0 "

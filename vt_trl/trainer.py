@@ -122,7 +122,7 @@ class VTGRPOTrainer(GRPOTrainer):
         self.use_vllm = use_vllm
         self.runner = RolloutRunner(
             environment,
-            backend or (self._vllm_backend(environment().max_turns) if use_vllm else self._hf_backend()),
+            backend or (self._vllm_backend(environment()) if use_vllm else self._hf_backend()),
             ChatEncoder(self._tokenizer, self.family, self.features),
             self.stop_ids,
             Limits(args.max_turn_tokens, args.max_completion_length, args.vllm_max_model_length if use_vllm else None),
@@ -139,7 +139,7 @@ class VTGRPOTrainer(GRPOTrainer):
             max_batch=self.args.generation_chunk,
         )
 
-    def _vllm_backend(self, max_images: int) -> Backend:
+    def _vllm_backend(self, example: Environment) -> Backend:
         from vt_trl.generation.vllm import ColocatedEngine, VLLMBackend
 
         args = self.args
@@ -148,7 +148,8 @@ class VTGRPOTrainer(GRPOTrainer):
             accelerator=self.accelerator,
             processing_class=self.processing_class,
             mode=args.vllm_mode,
-            max_images=max_images,
+            max_images=example.max_turns,
+            max_image_tokens=self._largest_image_tokens(example.max_image_pixels),
             tensor_parallel_size=args.vllm_tensor_parallel_size,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             max_model_length=args.vllm_max_model_length,
@@ -164,6 +165,12 @@ class VTGRPOTrainer(GRPOTrainer):
             banned_ids=self.banned_ids,
             weights_version=lambda: self.state.global_step,
         )
+
+    def _largest_image_tokens(self, max_pixels: int | None) -> int:
+        """Visual tokens of the largest picture the environment can show; vLLM's batch must hold one."""
+        processor = self.processing_class.image_processor
+        largest = min(max_pixels or math.inf, processor.size["longest_edge"])
+        return math.ceil(largest / (processor.patch_size * processor.merge_size) ** 2)
 
     @contextmanager
     def _generation_model(self) -> Iterator[nn.Module]:

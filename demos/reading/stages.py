@@ -145,14 +145,21 @@ class ProgressCallback(TrainerCallback):
             self.bar.update(self.task, completed=state.global_step, note=note)
 
 
+def save_train_rows(world: World) -> Path:
+    """Draw the rows GRPO trains on, once, and return their folder."""
+    rows = world.out / "train"
+    if not rows.exists():
+        world.rows("train", TRAIN_ROWS, TRAIN_HARD_SHARE).save_to_disk(rows)
+    return rows
+
+
 def run_grpo(
     world: World, bar: Progress, steps: int | None = None, overrides: Sequence[str] = (), label: str = "GRPO"
 ):
     """Train the recipe by the path of ``vt-trl train``; returns the trainer. The model is saved at ``world.grpo``."""
     from vt_trl.run import train
 
-    rows = world.out / "train"
-    world.rows("train", TRAIN_ROWS, TRAIN_HARD_SHARE).save_to_disk(rows)
+    rows = save_train_rows(world)
     settings = {
         "model": world.base,
         "dataset": rows,

@@ -41,9 +41,9 @@ class WarmStart:
     hidden_size: int = 192
     layers: int = 2
     vision_layers: int = 2
-    steps: int = 500
+    steps: int = 300
     batch: int = 32  # demonstrations of each kind per step
-    rows: int = 16000
+    rows: int = 8000
     learning_rate: float = 1e-3
     ask_share: float = 0.6
 
@@ -179,7 +179,7 @@ def _fit(model: Any, batches: _Batches, settings: WarmStart, seed: int, progress
         total = 0.0
         for name, share in shares.items():
             chosen = torch.randint(len(batches.letters), (round(settings.batch * share),), generator=generator)
-            loss = batches.loss(name, chosen) * share / 3
+            loss = batches.loss(name, chosen) * share
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

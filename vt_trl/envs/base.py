@@ -32,6 +32,7 @@ class Environment(ABC):
     """
 
     max_turns: int = 1
+    max_image_pixels: int | None = None  # of the largest picture it shows; None: what the image processor allows
 
     @abstractmethod
     def reset(self, row: Mapping[str, Any]) -> Observation:

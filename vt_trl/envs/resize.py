@@ -33,6 +33,7 @@ class ResizeEnv(Environment):
     def __init__(self, prompts: Mapping[str, str] | None = None, **resolution: int):
         self.prompts = Prompts.from_settings(prompts)
         self.rule = ResolutionRule(**resolution)
+        self.max_image_pixels = self.rule.max_pixels
 
     def reset(self, row: Mapping[str, Any]) -> Observation:
         self.views = self.rule.views(row["image"])
@@ -97,6 +98,7 @@ class DirectEnv(Environment):
         self.resolution = resolution
         self.prompts = Prompts.from_settings(prompts, base=DIRECT_PROMPTS)
         self.rule = ResolutionRule(**settings)
+        self.max_image_pixels = self.rule.max_pixels
 
     def reset(self, row: Mapping[str, Any]) -> Observation:
         image = getattr(self.rule.views(row["image"]), self.resolution)
