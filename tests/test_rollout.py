@@ -1,4 +1,4 @@
-"""The multi-turn loop on integers: text is numbers with blanks between, picture n is n placeholders, 99 ends a turn."""
+"""The multi-turn loop on integers: text is numbers and blanks, picture n is n placeholders, 99 ends a turn."""
 
 from __future__ import annotations
 

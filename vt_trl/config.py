@@ -76,11 +76,16 @@ class VTGRPOConfig(GRPOConfig):
             self.num_generations_eval = 1
         if self.bf16 is None and not self.fp16:
             self.bf16 = not self.use_cpu  # bf16 on a CPU is slow, and exactness is what CPU runs are for
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError:  # torn groups are what stock TRL refuses most often, without the number to change
+            self._check_whole_groups()
+            raise
         self._check_unsupported()
         self._check_episode()
         self._check_rewards()
-        self._check_groups()
+        self._check_whole_groups()
+        self._check_eval_groups()
 
     def _check_unsupported(self) -> None:
         for name, (default, why) in _UNSUPPORTED.items():
@@ -114,6 +119,11 @@ class VTGRPOConfig(GRPOConfig):
             )
         if self.generation_chunk < 1:
             raise ConfigError(f"generation_chunk is {self.generation_chunk}; it must be 1 or more.")
+        if not isinstance(self.environment_args or {}, dict):
+            raise ConfigError(
+                f"environment_args is {self.environment_args!r}; write a mapping, e.g. `{{max_pixels: 4194304}}` in a "
+                f"recipe or '{{\"max_pixels\": 4194304}}' on the command line."
+            )
         make_environment(self.environment, self.environment_args)
 
     def _check_rewards(self) -> None:
@@ -139,17 +149,21 @@ class VTGRPOConfig(GRPOConfig):
         if self.penalty_amount < 0:
             raise ConfigError(f"penalty_amount is {self.penalty_amount}; it is taken away, so it must be 0 or more.")
 
-    def _check_groups(self) -> None:
+    def _check_whole_groups(self) -> None:
         """Whole groups on one process: penalty and advantage need all members of a group side by side."""
-        local = self.per_device_train_batch_size * self.steps_per_generation
+        local = self.per_device_train_batch_size * (self.steps_per_generation or 0)
         if local % self.num_generations:
             steps = self.num_generations // math.gcd(self.num_generations, self.per_device_train_batch_size)
+            batch = steps * self.per_device_train_batch_size * self.world_size
             raise ConfigError(
                 f"A process generates per_device_train_batch_size ({self.per_device_train_batch_size}) x "
                 f"steps_per_generation ({self.steps_per_generation}) = {local} rollouts at a time, which is not a "
                 f"multiple of num_generations ({self.num_generations}); groups would be torn between processes. "
-                f"Set steps_per_generation (or gradient_accumulation_steps) to a multiple of {steps}."
+                f"Set steps_per_generation (or gradient_accumulation_steps) to a multiple of {steps}, or "
+                f"generation_batch_size to a multiple of {batch}."
             )
+
+    def _check_eval_groups(self) -> None:
         if self.eval_greedy and self.num_generations_eval != 1:
             raise ConfigError(
                 f"num_generations_eval is {self.num_generations_eval}, but greedy rollouts of one row are all equal; "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -15,6 +16,7 @@ from vt_trl.config import VTGRPOConfig
 from vt_trl.errors import ConfigError
 
 _RESERVED = {"env"}  # a mapping of environment variables, handled by TrlParser
+_ALSO_VALID = [("resume_from_checkpoint", True)]  # from the last checkpoint in output_dir
 
 
 @dataclass
@@ -56,6 +58,10 @@ class RunArguments:
     )
 
     def __post_init__(self) -> None:
+        for setting in fields(self):  # argparse looks at the command line's choices only, not at the YAML's
+            choices, value = setting.metadata.get("choices"), getattr(self, setting.name)
+            if choices and value not in choices:
+                raise ConfigError(f"{setting.name} is {value!r}.{_hint(value, choices)} Use {' or '.join(choices)}.")
         if not self.model:
             raise ConfigError("model is not set; write it into the recipe or add `--model NAME_OR_FOLDER`.")
         if not self.dataset:
@@ -65,6 +71,8 @@ class RunArguments:
                 f"train_vision is false and lora is {self.lora!r}: with an adapter the weights are frozen anyway, and "
                 f"`lora: language` leaves the vision tower without one. Remove train_vision."
             )
+        if self.lora_r < 1:
+            raise ConfigError(f"lora_r is {self.lora_r}; a rank is 1 or more.")
 
 
 def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunArguments, VTGRPOConfig]:
@@ -74,15 +82,24 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunAr
     the wrong kind, and for settings that contradict each other.
     """
     path = Path(path)
-    check_keys(read_yaml(path), str(path))
+    settings = read_yaml(path)
+    check_keys(settings, str(path))
+    check_kinds(settings, str(path))
     parser = TrlParser((RunArguments, VTGRPOConfig))
+    parser.allow_abbrev = False  # a typing error must not become another setting
+
+    def refuse(message: str) -> NoReturn:  # argparse would print the usage of all settings and leave
+        raise ConfigError(f"{path} with {' '.join(overrides) or 'no overrides'}: {message}.")
+
+    parser.error = refuse
     try:
         *parsed, rest = parser.parse_args_and_config(
             ["--config", str(path), *overrides], return_remaining_strings=True, fail_with_unknown_args=False
         )
-    except SystemExit as error:  # argparse has printed which value it could not take
-        given = " ".join(overrides) or "no overrides"
-        raise ConfigError(f"{path} with {given}: a value has the wrong kind (see above).") from error
+    except ConfigError:
+        raise
+    except ValueError as error:  # the checks of TRL and transformers, in their own words
+        raise ConfigError(f"{path}: {error}") from error
     unknown = [text for text in rest if text.startswith("--")]
     if rest:
         check_keys({text[2:].partition("=")[0]: None for text in unknown}, "the command line")
@@ -103,7 +120,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def check_keys(settings: dict[str, Any], where: str) -> None:
+def check_keys(settings: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError for keys that no setting has, each with the nearest valid name."""
     known = {f.name for kind in (RunArguments, VTGRPOConfig) for f in fields(kind) if f.init} | _RESERVED
     problems = []
@@ -113,3 +130,42 @@ def check_keys(settings: dict[str, Any], where: str) -> None:
             problems.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     if problems:
         raise ConfigError(f"Unknown setting in {where}: {', '.join(problems)}.")
+
+
+def check_kinds(settings: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for values that cannot be what a setting holds.
+
+    argparse converts and checks texts only: a number or a list that YAML has read already would pass unseen.
+    """
+    kinds = get_type_hints(RunArguments) | get_type_hints(VTGRPOConfig)
+    for key, value in settings.items():
+        if key in kinds and not _fits(value, kinds[key]) and (key, value) not in _ALSO_VALID:
+            note = " YAML reads no, off, yes and on as truth values: quote them." if isinstance(value, bool) else ""
+            raise ConfigError(f"{where}: {key} is {value!r}, but it takes {_words(kinds[key])}.{note}")
+
+
+def _fits(value: Any, kind: Any, text: bool = True) -> bool:
+    """Whether ``value`` is of ``kind``; with ``text``, a text stands for a number or a truth value, too."""
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, option, text) for option in get_args(kind))
+    if origin is Literal:
+        return value in get_args(kind)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, get_args(kind)[0], text=False) for item in value)
+    if isinstance(value, str):
+        return kind is str or (text and kind in (bool, int, float))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else origin or kind)
+
+
+def _words(kind: Any) -> str:
+    options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    names = [str(o) if get_args(o) else o.__name__ for o in options if o is not type(None)]
+    return " or ".join(names)
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from vt_trl.config import VTGRPOConfig
 from vt_trl.data import load_rows, require_good_rows
+from vt_trl.errors import ConfigError
 from vt_trl.families import Family, family_of
 from vt_trl.recipe import RunArguments, parse_recipe
 from vt_trl.trainer import VTGRPOTrainer
@@ -38,7 +39,11 @@ def train(recipe: str | Path, overrides: Sequence[str] = (), **trainer_arguments
 
 def make_trainer(run: RunArguments, args: VTGRPOConfig, **trainer_arguments: Any) -> VTGRPOTrainer:
     """Check the rows, load the model, and build the trainer of a recipe."""
-    family = family_of(AutoConfig.from_pretrained(run.model, revision=run.model_revision))
+    try:
+        config = AutoConfig.from_pretrained(run.model, revision=run.model_revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model is {run.model!r}, which does not load: {error}") from error
+    family = family_of(config)
     args.model_init_kwargs = {
         "dtype": run.dtype,
         "attn_implementation": run.attn_implementation,

@@ -4,12 +4,15 @@ Tests, demos and training on a laptop need a checkpoint that loads like the big 
 ``build_tiny`` writes one from code alone. By default it trains its own byte-level BPE on the fixed phrases of a task,
 so that a tool call is three tokens and a whole episode a few dozen; with ``tokenizer_dir`` it takes a real Qwen
 tokenizer and the real processor limits instead. Attention heads are always 64 wide, which every backend accepts.
+
+    python -m vt_trl.tiny DIR [--family qwen3_vl] [--tokenizer FOLDER]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,3 +241,24 @@ def _config(kind: _Family, tokenizer: Any, vocab: int, width: int, layers: int, 
     edges = ("vision_start_token_id", "vision_start"), ("vision_end_token_id", "vision_end")
     tokens = {key: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in (*markers, *edges)}
     return kind.config(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m vt_trl.tiny", description="Write a tiny checkpoint.")
+    parser.add_argument("path", help="folder to write to")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="qwen2_5_vl")
+    parser.add_argument("--tokenizer", help="folder with a real tokenizer, whose processor limits are taken too")
+    parser.add_argument("--hidden-size", type=int, default=128, help="width, a multiple of 64")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``python -m vt_trl.tiny DIR``."""
+    args = _parser().parse_args(argv)
+    options = {"family": args.family, "seed": args.seed, "hidden_size": args.hidden_size}
+    print(build_tiny(args.path, tokenizer_dir=args.tokenizer, **options))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,8 @@ of the paper. Halving such a picture with LANCZOS removes it, and here removes i
 ``x -> A x A^T`` and the print is projected onto what this map sends to zero, so nothing of the letter is left at low
 resolution for a model to find, however long it trains: only rounding and noise, and noise does not know the letter.
 
-Two settings move the price of not looking: ``legibility`` adds back a solid letter of that contrast to hard pictures
-(0: half resolution tells nothing, 1: hard reads like easy), and a shorter ``alphabet`` makes a blind guess luckier.
+Two settings move the price of not looking: ``legibility`` adds a solid letter back to hard pictures (0: half
+resolution tells nothing, 1: hard reads like easy), and a shorter ``alphabet`` makes a blind guess luckier.
 """
 
 from __future__ import annotations
@@ -70,7 +70,11 @@ def _letter_mask(letter: str, look: Look, rng: np.random.Generator) -> np.ndarra
 def draw(
     letter: str, hard: bool, rng: np.random.Generator, legibility: float = 0.0, look: Look | None = None
 ) -> PILImage.Image:
-    """One full-resolution RGB picture of ``letter``; ``legibility`` in [0, 1] is used by hard pictures only."""
+    """One full-resolution RGB picture of ``letter``; ``legibility`` in [0, 1] is used by hard pictures only.
+
+    ``legibility`` is the solid letter's contrast as a share of an easy picture's. A reader sums it over a whole
+    letter, so the useful range is low: a small trained network read 13% at 0, 39% at 0.03 and 96% at 0.1.
+    """
     look = look or Look()
     mask = _letter_mask(letter, look, rng)
     paper, ink, dots = (rng.uniform(*span) for span in (look.paper, look.ink, look.dots))

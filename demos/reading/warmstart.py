@@ -45,7 +45,7 @@ class WarmStart:
     batch: int = 32  # demonstrations of each kind per step
     rows: int = 8000
     learning_rate: float = 1e-3
-    ask_share: float = 0.6
+    ask_share: float = 0.4
 
 
 def answer_reply(letter: str) -> str:

@@ -51,8 +51,8 @@ class _BanAndRecord(LogitsProcessor):
 def _own_generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Keep the checkpoint's own generation settings out.
 
-    transformers fills every field that has its default value from the model's settings; Qwen2.5-VL's say temperature
-    1e-6 and top_p 0.001, so "sample from everything" would silently become greedy.
+    transformers fills what a call leaves open from the model's settings: fields at their default value in some
+    versions, fields at None (min_p, say) in 5.23. Qwen2.5-VL's say temperature 1e-6, so sampling could turn greedy.
     """
     owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
     kept = [owner.generation_config for owner in owners]
