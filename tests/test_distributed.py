@@ -12,38 +12,38 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from two_processes import JOBS, make_trainer, score
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def launch(job: str, checkpoint: Path, out: Path, processes: int, per_device: int) -> list[dict]:
-    """Run ``two_processes.py`` and return what each rank saw."""
-    out.mkdir(exist_ok=True)
+@pytest.fixture(scope="module")
+def two(checkpoint, tmp_path_factory) -> dict[str, list[dict]]:
+    """Job of ``two_processes.py`` -> what each of two ranks saw."""
+    out = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     config = str(ROOT / "recipes" / "accelerate" / "cpu.yaml")
-    options = ["--config_file", config, "--num_processes", str(processes), "--main_process_port", port]
-    if processes == 1:
-        options = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / "tests" / "two_processes.py")]
+    launch = ["accelerate.commands.launch", "--config_file", config, "--main_process_port", port]
     done = subprocess.run(
-        [*command, job, str(checkpoint), str(out), str(per_device)],
+        [sys.executable, "-m", *launch, str(ROOT / "tests" / "two_processes.py"), str(checkpoint), str(out)],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return [json.loads((out / f"{job}-{processes}-{rank}.json").read_text()) for rank in range(processes)]
+    seen = {job: [json.loads((out / f"{job}-{rank}.json").read_text()) for rank in range(2)] for job in JOBS}
+    return seen | {"completions": sorted(path.name for path in (out / "completions").glob("*.parquet"))}
 
 
 @pytest.fixture(scope="module")
-def scored(checkpoint, tmp_path_factory) -> dict[int, list[dict]]:
+def scored(checkpoint, tmp_path_factory, two) -> dict[int, list[dict]]:
     """Number of processes -> what each rank saw of one generation of 8 rows x 4 members."""
-    out = tmp_path_factory.mktemp("scored")
-    return {count: launch("score", checkpoint, out, count, 32 // count) for count in (1, 2)}
+    alone = make_trainer("score", str(checkpoint), tmp_path_factory.mktemp("one"), 32)
+    return {1: [score(alone)], 2: two["score"]}
 
 
 def by_row(ranks: list[dict]) -> dict[str, list[dict]]:
@@ -101,13 +101,13 @@ def test_totals_are_over_all_processes(scored):
     assert one["logs"]["accuracy"] == pytest.approx(6 / 16)  # 3 + 2 + 1 + 0 of 16
 
 
-def test_evaluation_counts_every_row_once(checkpoint, tmp_path):
+def test_evaluation_counts_every_row_once(two):
     """7 rows, 2 processes with batches of 2: the last batch is filled up with rows seen before.
 
     First members of the plans: rows 0, 1, 2, 4, 5, 6 are right and row 3 is wrong, so 6/7; rows 1, 3 and 5 ask.
     Counting the filler too would give a share of eighths.
     """
-    ranks = launch("evaluate", checkpoint, tmp_path, 2, 2)
+    ranks = two["evaluate"]
     assert sorted({row for seen in ranks for row in seen["rows"]}) == [f"row-{index}" for index in range(7)]
     assert sum(len(seen["rows"]) for seen in ranks) > 7  # there is a filler, else this test shows nothing
     for seen in ranks:
@@ -115,13 +115,13 @@ def test_evaluation_counts_every_row_once(checkpoint, tmp_path):
         assert seen["metrics"]["eval_request_rate"] == pytest.approx(3 / 7)
 
 
-def test_two_processes_train_one_model(checkpoint, tmp_path):
+def test_two_processes_train_one_model(two):
     """Two steps of sampling and updating: other rollouts on each rank, the same parameters to the bit."""
-    first, second = launch("train", checkpoint, tmp_path, 2, 4)
+    first, second = two["train"]
     assert first["drawn"] != second["drawn"]
     assert first["parameters"] == second["parameters"]
     losses = [entry["loss"] for entry in first["log"] if "loss" in entry]
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
     norms = [entry["grad_norm"] for entry in first["log"] if "grad_norm" in entry]
     assert all(norm > 0 for norm in norms)
-    assert list((tmp_path / "completions").glob("*.parquet"))  # log_completions gathers from both
+    assert len(two["completions"]) == 2  # one table per step: log_completions gathers from both

@@ -321,3 +321,15 @@ def test_a_token_the_engine_called_impossible_stays_finite():
 def test_an_unknown_mode_is_refused(mode):
     with pytest.raises(ValueError, match="vllm_importance_sampling_mode"):
         sampling_ratio(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), mode, None, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "gold", "same"),
+    [
+        (r"\boxed{\text{B}}", "B", True),
+        (r"\boxed{\mathrm{red} car}", "red car", True),
+        (r"\boxed{\text{C}}", "B", False),
+    ],
+)
+def test_words_in_a_box_may_be_marked_as_text(given: str, gold: str, same: bool):
+    assert answers_match(given, gold) is same

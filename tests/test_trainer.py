@@ -13,13 +13,14 @@ from conftest import FAMILY_NAMES, make_rows
 from datasets import Dataset
 from helpers import CALL, SHORT_PROMPTS, AsksFirst, Script, answer
 from peft import LoraConfig
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from vt_trl.config import VTGRPOConfig
 from vt_trl.families import family_of
 from vt_trl.generation.base import SamplingSettings, ScriptedBackend
 from vt_trl.passes import completion_logprobs
 from vt_trl.recipe import RunArguments
+from vt_trl.rollout import Limits
 from vt_trl.run import freeze_vision, lora_config
 from vt_trl.trainer import VTGRPOTrainer
 
@@ -31,7 +32,7 @@ def dataset(count: int) -> Dataset:
 
 
 def make_trainer(checkpoint: Path, tmp_path: Path, rows: int = 8, **settings: Any) -> VTGRPOTrainer:
-    arguments = {name: settings.pop(name) for name in list(settings) if name in ("backend", "environment", "peft_config")}
+    arguments = {name: settings.pop(name, None) for name in ("backend", "environment", "peft_config")}
     functions = settings.pop("reward_funcs", None)
     defaults = {
         "per_device_train_batch_size": 4,
@@ -91,8 +92,9 @@ def test_rollout_and_trainer_agree_with_tool_images(checkpoints, tmp_path, famil
             trainer.train()
             moved = max((before[name] - value).abs().max() for name, value in tower.state_dict().items())
             assert moved > 1e-3
-            stale = ((completion_logprobs(trainer, trainer.model, batch, 8) - trained).abs() * batch["tool_mask"]).max()
-            assert stale > 1e-3  # so agreement in the second attempt is no accident
+            now = completion_logprobs(trainer, trainer.model, batch, chunk=8)
+            # The same tokens are worth something else now, so agreement in the second attempt is no accident.
+            assert ((now - trained).abs() * batch["tool_mask"]).max() > 1e-3
 
 
 def test_masks_of_a_batch(checkpoint, tmp_path):
@@ -130,7 +132,7 @@ WAYS = {"full": {}, "frozen_vision": {}, "lora_language": {"lora": "language"}, 
 def test_what_is_trained(checkpoints, tmp_path, family, way):
     run = RunArguments(model="m", dataset="d", lora_r=4, lora_alpha=8, **WAYS[way])
     settings = {"environment": asks_first, "reward_funcs": [random_score] * 2, "beta": 0.01, "max_steps": 2}
-    described = family_of(AutoProcessorConfig(checkpoints[family]))
+    described = family_of(AutoConfig.from_pretrained(checkpoints[family]))
     trainer = make_trainer(checkpoints[family], tmp_path, peft_config=lora_config(run, described), **settings)
     if way == "frozen_vision":
         freeze_vision(trainer.model, trainer.family)
@@ -148,12 +150,6 @@ def test_what_is_trained(checkpoints, tmp_path, family, way):
         assert not any(was for name, was in moved.items() if name not in adapters)
         assert all(was for name, was in adapters.items() if "lora_B" in name)
         assert any(".visual." in name for name in adapters) == (way == "lora_all")
-
-
-def AutoProcessorConfig(path: Path) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(path)
 
 
 def test_greedy_evaluation_is_greedy_in_every_turn_and_sees_the_last_rows(checkpoint, tmp_path):
@@ -185,20 +181,13 @@ def test_evaluation_means_are_over_rows_not_batches(checkpoint, tmp_path):
     trainer = make_trainer(checkpoint, tmp_path, rows=5, per_device_eval_batch_size=4)
     tokenizer = trainer.processing_class.tokenizer
 
-    class Oracle(ScriptedBackend):
-        def submit(self, request):
-            super().submit(request)
-
-    by_row = {}
-
     def script(request):
         text = tokenizer.decode(request.token_ids)
         number = next(n for n in range(5) if f"number is {n}?" in text)
         return Script(tokenizer, lambda member, turn: answer("4 is wrong" if number == 4 else str(number)))(request)
 
-    trainer.runner.backend = Oracle(script)
-    trainer.runner.limits = trainer.runner.limits.__class__(100, 200)
-    assert not by_row
+    trainer.runner.backend = ScriptedBackend(script)
+    trainer.runner.limits = Limits(100, 200)
     assert trainer.evaluate()["eval_accuracy"] == pytest.approx(0.8)
 
 

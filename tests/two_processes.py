@@ -1,12 +1,11 @@
-"""Started by test_distributed.py under ``accelerate launch``: runs one job, every rank writes what it saw.
+"""Started by test_distributed.py under ``accelerate launch``: runs three jobs, every rank writes what it saw.
 
-python tests/two_processes.py JOB CHECKPOINT OUT PER_DEVICE     (JOB: score, evaluate or train)
+python tests/two_processes.py CHECKPOINT OUT
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def make_trainer(job: str, checkpoint: str, out: Path, per_device: int) -> VTGRP
     trains = job == "train"
     args = VTGRPOConfig(
         str(out),
-        per_device_train_batch_size=per_device,
+        per_device_train_batch_size=GROUP if job == "evaluate" else per_device,
         per_device_eval_batch_size=per_device,
         num_generations=GROUP,
         max_steps=2,
@@ -134,16 +133,18 @@ def fingerprint(trainer: VTGRPOTrainer) -> dict[str, str]:
     return {name: value.detach().double().sum().item().hex() for name, value in policy.named_parameters()}
 
 
-def main(job: str, checkpoint: str, out: str, per_device: str) -> None:
-    set_seed(0)
+JOBS = {"score": score, "evaluate": evaluate, "train": train}
+
+
+def main(checkpoint: str, out: str) -> None:
     torch.set_num_threads(1)
-    trainer = make_trainer(job, checkpoint, Path(out), int(per_device))
-    seen = {"score": score, "evaluate": evaluate, "train": train}[job](trainer)
-    rank, count = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    (Path(out) / f"{job}-{count}-{rank}.json").write_text(json.dumps(seen))
+    for job, run in JOBS.items():
+        set_seed(0)
+        trainer = make_trainer(job, checkpoint, Path(out), {"score": 16, "evaluate": 2, "train": 4}[job])
+        seen = run(trainer)
+        (Path(out) / f"{job}-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
     trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     main(*sys.argv[1:])

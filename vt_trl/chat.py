@@ -15,7 +15,7 @@ from PIL import Image
 
 from vt_trl.families import Family
 from vt_trl.features import ImageFeatures
-from vt_trl.types import ImagePart, Message
+from vt_trl.types import ImagePart, Message, TextPart
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ class ChatEncoder:
         self._control_values = frozenset(self._control.values())
 
     def prompt(self, messages: Sequence[Message]) -> Encoded:
-        """The opening of a dialogue up to the first assistant turn."""
+        """The opening of a dialogue up to the first assistant turn, with the family's default system message."""
+        default = self.family.default_system
+        if default is not None and messages[0].role != "system":
+            messages = [Message("system", (TextPart(default),)), *messages]
         return self._encode(messages, opening="")
 
     def reply(self, messages: Sequence[Message]) -> Encoded:

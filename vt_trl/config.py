@@ -66,6 +66,9 @@ class VTGRPOConfig(GRPOConfig):
     mask_truncated_completions: bool = field(
         default=True, metadata={"help": "Give episodes with a truncated turn no loss: they are cut, not wrong."}
     )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Sampled and trained log-probabilities agree only without dropout."}
+    )
     eval_greedy: bool = field(default=True, metadata={"help": "Evaluate greedily in every turn, one rollout per row."})
     generation_chunk: int = field(
         default=64, metadata={"help": "Sequences per generate call of the transformers backend; bounds its memory."}

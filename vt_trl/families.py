@@ -25,6 +25,7 @@ class Family:
     vision_end: str
     control_tokens: tuple[str, ...]
     vision_module: str  # path of the vision tower inside the model
+    default_system: str | None  # what the family's template says when a dialogue has no system message
     boxes: Literal["shown_pixels", "per_mille"]
 
     def control_ids(self, tokenizer: Any) -> dict[str, int]:
@@ -68,7 +69,12 @@ _QWEN_CONTROL = (
 )
 
 
-def _qwen(name: str, model_types: tuple[str, ...], boxes: Literal["shown_pixels", "per_mille"]) -> Family:
+def _qwen(
+    name: str,
+    model_types: tuple[str, ...],
+    boxes: Literal["shown_pixels", "per_mille"],
+    default_system: str | None = None,
+) -> Family:
     return Family(
         name=name,
         model_types=model_types,
@@ -79,12 +85,13 @@ def _qwen(name: str, model_types: tuple[str, ...], boxes: Literal["shown_pixels"
         vision_end="<|vision_end|>",
         control_tokens=_QWEN_CONTROL,
         vision_module="model.visual",
+        default_system=default_system,
         boxes=boxes,
     )
 
 
 FAMILIES = (
-    _qwen("Qwen2.5-VL", ("qwen2_5_vl",), "shown_pixels"),
+    _qwen("Qwen2.5-VL", ("qwen2_5_vl",), "shown_pixels", "You are a helpful assistant."),
     _qwen("Qwen3-VL", ("qwen3_vl", "qwen3_vl_moe"), "per_mille"),
 )
 

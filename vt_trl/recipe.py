@@ -52,7 +52,6 @@ class RunArguments:
     )
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=128, metadata={"help": "Scale of the adapter; effective is alpha / r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout; TRL turns it off unless told otherwise."})
     train_vision: bool = field(
         default=True, metadata={"help": "Without an adapter: train the vision tower too, or keep it frozen."}
     )

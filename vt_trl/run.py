@@ -74,7 +74,7 @@ def lora_config(run: RunArguments, family: Family) -> LoraConfig | None:
     return LoraConfig(
         r=run.lora_r,
         lora_alpha=run.lora_alpha,
-        lora_dropout=run.lora_dropout,
+        lora_dropout=0.0,  # old, new and sampled log-probabilities must come from the same function
         target_modules="all-linear",
         exclude_modules=rf".*\b{tower}\b.*" if run.lora == "language" else None,
     )

@@ -27,7 +27,8 @@ def ban_tokens(model: nn.Module, token_ids: Sequence[int]) -> None:
             f"Cannot ban tokens: the output head {type(head).__name__} has a trained bias or no weight. "
             f"Vision placeholders could then be sampled."
         )
-    bias = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    rows = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 keeps the full shape of a partitioned weight there
+    bias = torch.zeros(rows, dtype=weight.dtype, device=weight.device)
     bias[list(token_ids)] = _BAN
     head._parameters.pop("bias", None)  # nn.Linear(bias=False) keeps the name reserved for a parameter
     head.register_buffer("bias", bias, persistent=False)

@@ -103,8 +103,9 @@ class VTGRPOTrainer(GRPOTrainer):
         policy = self.accelerator.unwrap_model(self.model)
         self.family = family_of(policy.config)
         self.stop_ids = sorted(set(self.eos_token_ids))
-        head = policy.get_output_embeddings()
-        self.banned_ids = self.family.banned_ids(self._tokenizer, head.weight.shape[0], set(self.stop_ids))
+        # Not the head's shape: under ZeRO-3 a partitioned weight has none.
+        vocabulary = policy.config.get_text_config().vocab_size
+        self.banned_ids = self.family.banned_ids(self._tokenizer, vocabulary, set(self.stop_ids))
         self.image_token_id = self._tokenizer.convert_tokens_to_ids(self.family.image_token)
         ban_tokens(policy.get_base_model() if hasattr(policy, "get_base_model") else policy, self.banned_ids)
         if self.ref_model is not None:

@@ -1,9 +1,9 @@
 """``make ablation``: when does which penalty rule collapse? (VisionThink, arXiv 2507.13348, Figures 3a and 8.)
 
 Every rule is trained from the same base model on the same rows; only ``penalty`` differs. A small grid then varies
-what an expectation argument says must matter: how legible hard pictures are at low resolution (a lucky guess pays), and
-how reliable the second turn is. Writes ``ablation.json`` (``{rule: [curves per seed]}``), ``ablation_grid.json`` and a
-plot.
+what an expectation argument says must matter: how legible hard pictures are at low resolution (a lucky guess pays),
+and how reliable the second turn is. Writes ``ablation.json`` (``{rule: [curves per seed]}``), a plot of it, and
+``ablation_grid.json``.
 """
 
 from __future__ import annotations

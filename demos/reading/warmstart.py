@@ -59,7 +59,7 @@ def phrases(prompts: dict[str, str]) -> list[str]:
 
 
 class _Demonstration:
-    """One kind of episode as a fixed token layout, in which only the letter and the pictures change from row to row."""
+    """One kind of episode as a fixed token layout; only the letter and the pictures change from row to row."""
 
     def __init__(self, environment: Environment, replies: Sequence[str], row: dict[str, Any], encoder: ChatEncoder):
         observation, ids, self.images = environment.reset(row), [], []

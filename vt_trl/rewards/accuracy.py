@@ -21,6 +21,7 @@ _NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?(e[-+]?\d{1,3})?")
 _SUPERSCRIPT = re.compile("[⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _EDGES = " .,;:!?\"'`$"  # what may stand around an answer
 _CHOICE = re.compile(r"\(?([a-z])([).:])?(\s.*)?", re.DOTALL)
+_TEXT_MACRO = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\{([^{}]*)\}")
 _MATH_HINT = re.compile(r"[\\^_=+*/{}]|\bpi\b|\bsqrt\b")
 _MAX_MATH_CHARS = 200  # longer texts are prose, and a computer-algebra system is no place for them
 _MATH_SECONDS = 5
@@ -78,7 +79,7 @@ def answers_match(given: str, gold: str) -> bool:
 
 
 def unboxed(text: str) -> str:
-    r"""The content of the last ``\boxed{…}`` with balanced braces, or the text itself."""
+    r"""The content of the last ``\boxed{…}`` with balanced braces and without ``\text{…}``, or the text itself."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return text
@@ -86,7 +87,7 @@ def unboxed(text: str) -> str:
     for index in range(begin, len(text)):
         depth += {"{": 1, "}": -1}.get(text[index], 0)
         if depth == 0:
-            return text[begin + 1 : index]
+            return _TEXT_MACRO.sub(r"\1", text[begin + 1 : index])
     return text
 
 

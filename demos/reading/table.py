@@ -1,0 +1,73 @@
+"""The README's table, made from the committed reports: ``python -m demos.reading.table --write README.md``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+START = "<!-- demo table: written by `python -m demos.reading.table`, checked by tests/test_readme.py -->"
+END = "<!-- end of demo table -->"
+_ROWS = (  # label, key in before/after, key of always-low, key of always-full
+    ("accuracy", "accuracy", "always_low_accuracy", "always_full_accuracy"),
+    ("visual tokens per picture", "visual_tokens_mean", None, "visual_tokens_always_full"),
+    ("asks on easy pictures", "request_rate_easy", None, None),
+    ("asks on hard pictures", "request_rate_hard", None, None),
+)
+
+
+def load_reports() -> list[dict[str, Any]]:
+    """The committed demo reports, by seed."""
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("demo_seed*.json")]
+    return sorted(reports, key=lambda report: report["seed"])
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f}-{high:.2f}"
+
+
+def table(reports: Sequence[dict[str, Any]]) -> str:
+    """Markdown: one column per policy, each cell the span over the seeds, then where the figures come from."""
+    lines = ["| held-out pictures | always low | always full | before GRPO | after GRPO |", "|---|---|---|---|---|"]
+    for label, key, low, full in _ROWS:
+        fixed = [_span([report[name] for report in reports]) if name else "" for name in (low, full)]
+        moving = [_span([report[when][key] for report in reports]) for when in ("before", "after")]
+        lines.append(f"| {' | '.join([label, *fixed, *moving])} |")
+    first = reports[0]
+    minutes = _span([report["wall_seconds"] / 60 for report in reports])
+    versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("torch", "transformers", "trl"))
+    lines.append("")
+    lines.append(
+        f"Seeds {', '.join(str(report['seed']) for report in reports)}; {first['grpo_steps']} GRPO steps; "
+        f"{minutes} minutes; {first['machine']}; {versions}; {first['date']}; "
+        f"[docs/results](docs/results), `make demo SEED=...`."
+    )
+    return "\n".join(lines)
+
+
+def with_table(text: str, reports: Sequence[dict[str, Any]]) -> str:
+    """``text`` with what stands between the two markers replaced."""
+    before, _, rest = text.partition(START)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"The text has no pair of markers {START} and {END}.")
+    return f"{before}{START}\n{table(reports)}\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m demos.reading.table", description=__doc__)
+    parser.add_argument("--write", type=Path, help="a file whose table to replace; otherwise it is printed")
+    options = parser.parse_args(argv)
+    if options.write is None:
+        print(table(load_reports()))
+    else:
+        text = options.write.read_text(encoding="utf-8")
+        options.write.write_text(with_table(text, load_reports()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
