@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
 OUT ?= runs/demo
+THREADS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: demo ablation test test-vllm lint setup clean
@@ -18,7 +19,7 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python -m demos.reading --seed $(SEED) --out $(OUT)
+	$(BIN)/python -m demos.reading --seed $(SEED) --out $(OUT) --threads $(THREADS)
 
 ablation: setup
 	$(BIN)/python -m demos.reading.ablation

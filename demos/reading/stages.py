@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 
 from demos.reading.task import ALPHABET, make_dataset
 from demos.reading.warmstart import WarmStart, warm_start
+from vt_trl import __version__
 from vt_trl.data import episode_row
 from vt_trl.envs import make_environment
 from vt_trl.evaluate import Evaluation, evaluate, make_runner
@@ -175,10 +176,10 @@ def run_grpo(
 
 def provenance() -> dict[str, Any]:
     """Machine, versions and date, for every figure that leaves this machine."""
-    names = ("vt-trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+    names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
     return {
         "machine": f"{os.cpu_count()} x {platform.machine()} CPU, {platform.system()}, no GPU used",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "versions": {"vt_trl": __version__, "python": platform.python_version()} | {n: version(n) for n in names},
         "date": datetime.date.today().isoformat(),
     }
 
