@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch import nn
 from transformers import AutoConfig
@@ -44,6 +45,7 @@ def make_trainer(run: RunArguments, args: VTGRPOConfig, **trainer_arguments: Any
     except (OSError, ValueError) as error:
         raise ConfigError(f"model is {run.model!r}, which does not load: {error}") from error
     family = family_of(config)
+    check_precision(run, args)
     args.model_init_kwargs = {
         "dtype": run.dtype,
         "attn_implementation": run.attn_implementation,
@@ -64,6 +66,20 @@ def make_trainer(run: RunArguments, args: VTGRPOConfig, **trainer_arguments: Any
     if not run.train_vision:
         freeze_vision(trainer.model, family)
     return trainer
+
+
+def check_precision(run: RunArguments, args: VTGRPOConfig) -> None:
+    """Refuse to train 16-bit weights in place: an update of relative size 1e-6 is rounded away, and nothing is learned.
+
+    Adapters keep their own fp32 weights, and DeepSpeed and FSDP keep an fp32 copy of the policy's.
+    """
+    sharded = args.deepspeed_plugin is not None or args.distributed_state.distributed_type == DistributedType.FSDP
+    if run.lora == "none" and run.dtype != "float32" and not sharded:
+        raise ConfigError(
+            f"dtype is {run.dtype} and lora is none: the weights themselves would be trained in 16 bits, in which an "
+            f"update of learning_rate {args.learning_rate} is rounded away. Set dtype: float32 (bf16: true still "
+            f"computes in bf16), or train with DeepSpeed, FSDP, or an adapter."
+        )
 
 
 def lora_config(run: RunArguments, family: Family) -> LoraConfig | None:
