@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from demos.reading import table
 from demos.reading.ablation import RULES, outcome
 from demos.reading.stages import targets
+from vt_trl.types import Done, RolloutStatus
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,6 +25,20 @@ def test_table_is_the_committed_one():
 
 def test_readme_is_short():
     assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 200
+
+
+def test_python_examples_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)  # our own file
+    environment = names["OneLook"]()
+    shown = environment.reset({"image": Image.new("RGB", (56, 56)), "question": "What?"})
+    assert shown.messages[0].text == "<image>What?"
+    assert environment.step(" 7 ") == Done(RolloutStatus.ANSWERED, answer="7")
+    assert environment.step("", truncated=True).status is RolloutStatus.TRUNCATED
+    said = [[{"role": "assistant", "content": "x" * length}] for length in (399, 400)]
+    assert names["brevity"](said) == [1.0, 0.0]
 
 
 def test_three_seeds_meet_every_target():

@@ -69,7 +69,7 @@ def make_trainer(run: RunArguments, args: VTGRPOConfig, **trainer_arguments: Any
 
 
 def check_precision(run: RunArguments, args: VTGRPOConfig) -> None:
-    """Refuse to train 16-bit weights in place: an update of relative size 1e-6 is rounded away, and nothing is learned.
+    """Refuse to train 16-bit weights in place: an update of relative size 1e-6 is rounded away.
 
     Adapters keep their own fp32 weights, and DeepSpeed and FSDP keep an fp32 copy of the policy's.
     """
