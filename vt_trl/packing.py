@@ -7,6 +7,7 @@ image tokens included; the loss mask is 1 on sampled tokens only. They are two m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -46,17 +47,8 @@ def check_alignment(rollout: Rollout, features: ImageFeatures, image_token_id: i
 
 
 def placeholder_runs(token_ids: Sequence[int], image_token_id: int) -> list[int]:
-    """Lengths of the runs of ``image_token_id``, in order: one run per picture."""
-    runs, inside = [], False
-    for token in token_ids:
-        if token != image_token_id:
-            inside = False
-        elif inside:
-            runs[-1] += 1
-        else:
-            runs.append(1)
-            inside = True
-    return runs
+    """Length of each run of ``image_token_id``, in order: one run per picture, as long as its visual tokens."""
+    return [len(list(run)) for token, run in groupby(token_ids) if token == image_token_id]
 
 
 def pack(

@@ -10,13 +10,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count, groupby
+from itertools import count
 from typing import Any
 
 from PIL import Image
 
 from vt_trl.generation.base import Request, Sample, SamplingSettings
 from vt_trl.generation.vllm_engine import ColocatedEngine
+from vt_trl.packing import placeholder_runs
 
 __all__ = ["ColocatedEngine", "VLLMBackend"]
 
@@ -150,11 +151,6 @@ class VLLMBackend:
         self._ready.clear()
         if names:
             self.engine.llm.llm_engine.abort_request(names)
-
-
-def placeholder_runs(token_ids: Sequence[int], image_token_id: int) -> list[int]:
-    """Length of each run of placeholders, in order: the visual tokens of each image."""
-    return [len(list(run)) for token, run in groupby(token_ids) if token == image_token_id]
 
 
 def collapse_runs(token_ids: Sequence[int], image_token_id: int) -> list[int]:
