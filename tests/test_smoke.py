@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TOKENIZERS = {"qwen2_5_vl": "qwen2.5-vl-7b-instruct", "qwen3_vl": "qwen3-vl-8b"}
 # A random model never asks: this makes its first turn a call, and its rewards differ, so that something is trained.
 FORCED = [
-    *("--environment", "helpers:AsksFirst", "--rewards", "accuracy", "format", "two_processes:by_token"),
-    *("--mask_truncated_completions", "false", "--environment_args", '{"max_pixels": 400000}'),
+    *("--environment", "helpers:AsksFirst", "--rewards", "accuracy", "format", "two_processes:alternating"),
+    *("--mask_truncated_completions", "false", "--environment_args", '{"max_pixels": 200000, "min_pixels": 3136}'),
 ]
 
 
@@ -104,7 +104,7 @@ def test_three_steps_on_two_processes(checkpoint, receipts, tmp_path):
     config = ("--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml"))
     logs = smoke(checkpoint, receipts, tmp_path, *FORCED, "--max_rows", "6", launch=config)
     assert all(float(log["images"]) == 2 and float(log["request_rate"]) == 1 for log in logs)
-    assert any(float(log["grad_norm"]) > 0 for log in logs)
+    assert all(float(log["grad_norm"]) > 0 for log in logs)
 
 
 @pytest.mark.vllm
@@ -114,7 +114,7 @@ def test_three_steps_with_vllm(real_checkpoints, receipts, tmp_path):
     logs = smoke(real_checkpoints["qwen2_5_vl"], receipts, tmp_path, *options)
     assert all(float(log["images"]) == 2 for log in logs)
     assert all(float(log["sampling/logp_difference_max"]) < 1e-4 for log in logs)
-    assert any(float(log["grad_norm"]) > 0 for log in logs)
+    assert all(float(log["grad_norm"]) > 0 for log in logs)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -124,13 +124,11 @@ def test_visual_tokens_of_every_receipt_are_the_processors_own(real_checkpoints,
     side = {"qwen2_5_vl": 28, "qwen3_vl": 32}[family]
     for row in load_rows(receipts).to_list()[::3]:
         views = rule.views(load_image(row["image"]))
-        counts = []
         for view in (views.low, views.full):
-            encoded = processor(text=["<|image_pad|>"], images=[view])
-            counts.append(encoded["input_ids"][0].count(image_id(processor)))
-            assert features.visual_tokens(view) == counts[-1]
-            assert counts[-1] == pytest.approx(view.width * view.height / side**2, rel=0.06)
-        assert counts[1] == pytest.approx(4 * counts[0], rel=0.06)
+            count = processor(text=["<|image_pad|>"], images=[view])["input_ids"][0].count(image_id(processor))
+            assert features.visual_tokens(view) == count
+            shown = min(view.width * view.height, processor.image_processor.size["longest_edge"])
+            assert count == pytest.approx(shown / side**2, rel=0.06)
 
 
 def test_a_full_size_receipt_inside_the_completion(real_checkpoints, receipts, tmp_path, monkeypatch):

@@ -90,6 +90,11 @@ def by_token(completion_ids: list[list[int]], **columns) -> list[float]:
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
+def alternating(completion_ids: list[list[int]], **columns) -> list[float]:
+    """0, 1, 0, 1, ...: the members of every group differ, whatever was sampled."""
+    return [float(index % 2) for index in range(len(completion_ids))]
+
+
 def score(trainer: VTGRPOTrainer) -> dict:
     """One generation batch, as the data loader of this rank gives it: rewards and advantages by row and member."""
     trainer.model.train()

@@ -152,7 +152,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=60, help="GRPO steps per run")
+    parser.add_argument("--steps", type=int, default=40, help="GRPO steps per run")
     parser.add_argument("--log-every", type=int, default=2)
     parser.add_argument("--warm-steps", type=int, default=None)
     parser.add_argument("--legibility", type=float, nargs="*", default=[0.0, 0.03])
