@@ -128,7 +128,7 @@ def test_visual_tokens_of_every_receipt_are_the_processors_own(real_checkpoints,
             count = processor(text=["<|image_pad|>"], images=[view])["input_ids"][0].count(image_id(processor))
             assert features.visual_tokens(view) == count
             shown = min(view.width * view.height, processor.image_processor.size["longest_edge"])
-            assert count == pytest.approx(shown / side**2, rel=0.06)
+            assert count == pytest.approx(shown / side**2, rel=0.12)
 
 
 def test_a_full_size_receipt_inside_the_completion(real_checkpoints, receipts, tmp_path, monkeypatch):

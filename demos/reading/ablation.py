@@ -3,7 +3,7 @@
 Every rule is trained from the same base model on the same rows; only ``penalty`` differs. A small grid then varies
 what an expectation argument says must matter: how legible hard pictures are at low resolution (a lucky guess pays),
 and how reliable the second turn is. Writes ``ablation.json`` (``{rule: [curves per seed]}``), a plot of it, and
-``ablation_grid.json``.
+``ablation_grid.json``. A run that was stopped goes on with the cells that are missing.
 """
 
 from __future__ import annotations
@@ -76,12 +76,15 @@ def prepare(work: Path, seed: int, legibility: float, warm_steps: int | None) ->
 
 
 def run_cell(work: Path, cell: Cell, steps: int, log_every: int) -> dict[str, Any]:
-    """Train one cell by the ordinary recipe path and return its curves."""
+    """Train one cell by the ordinary recipe path and return its curves; a cell that was finished is only read."""
     from demos.reading import stages
 
     _single_thread()
     world = _world(work, cell.seed, cell.legibility)
     output = world.out / f"{cell.rule}-reliability{cell.reliability}"
+    finished = output / f"curves-{steps}-{log_every}.json"
+    if finished.exists():
+        return json.loads(finished.read_text(encoding="utf-8"))
     environment = world.settings["environment_args"] | {"reliability": cell.reliability}
     overrides = ["--penalty", cell.rule, "--output_dir", str(output), "--logging_steps", str(log_every)]
     overrides += ["--environment", "demos.reading.unreliable:UnreliableEnv"]
@@ -89,7 +92,9 @@ def run_cell(work: Path, cell: Cell, steps: int, log_every: int) -> dict[str, An
     trainer = stages.run_grpo(world, Progress(disable=True), steps, overrides)
     logs = [log for log in trainer.state.log_history if "request_rate" in log]
     curves = {name: [log.get(key) for log in logs] for name, key in _CURVES.items()}
-    return {"seed": cell.seed, "steps": [log["step"] for log in logs], **curves}
+    result = {"seed": cell.seed, "steps": [log["step"] for log in logs], **curves}
+    _write(finished, result)
+    return result
 
 
 def settled(curves: dict[str, Any], name: str) -> float:
@@ -152,7 +157,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=40, help="GRPO steps per run")
+    parser.add_argument("--steps", type=int, default=30, help="GRPO steps per run")
     parser.add_argument("--log-every", type=int, default=2)
     parser.add_argument("--warm-steps", type=int, default=None)
     parser.add_argument("--legibility", type=float, nargs="*", default=[0.0, 0.03])
