@@ -32,6 +32,7 @@ SIGNATURES = {
         "trainer.py, which calls it",
     ),
     f"{GRPO}._compute_loss": ("self, model, inputs", "packing.py and passes.py, which fill its inputs"),
+    "trl.trainer.utils:_use_triton": ("device", "fused_head.py, which replaces it during a forward"),
     f"{GRPO}.log": ("self, logs, start_time=None", "trainer.py, which extends it"),
     f"{ENGINE}._init_vllm": ("self", "generation/vllm_engine.py, which overrides it"),
     f"{ENGINE}._iter_named_params": ("self", "generation/vllm_engine.py, which calls it"),

@@ -12,6 +12,7 @@ and the training loop.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from vt_trl.data import episode_row
 from vt_trl.envs import Environment, make_environment
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
+from vt_trl.fused_head import labelled_positions_only
 from vt_trl.generation.base import Backend, SamplingSettings
 from vt_trl.generation.hf import HFBackend
 from vt_trl.metrics import MetricBook, RolloutRecord, mean, summarise, unique_by_id
@@ -40,6 +42,8 @@ from vt_trl.rewards import group_advantages, group_penalty, make_reward
 from vt_trl.rollout import Limits, RolloutRunner
 from vt_trl.token_ban import ban_tokens
 from vt_trl.types import Rollout, RolloutStatus
+
+logger = logging.getLogger(__name__)
 
 
 class VTGRPOTrainer(GRPOTrainer):
@@ -121,6 +125,7 @@ class VTGRPOTrainer(GRPOTrainer):
         self.features = ImageFeatures(self.processing_class.image_processor)
         environment = environment or make_environment(args.environment, args.environment_args)
         self.use_vllm = use_vllm
+        self._warn_of_shrunk_pictures(environment().max_image_pixels)
         self.runner = RolloutRunner(
             environment,
             backend or (self._vllm_backend(environment()) if use_vllm else self._hf_backend()),
@@ -128,6 +133,15 @@ class VTGRPOTrainer(GRPOTrainer):
             self.stop_ids,
             Limits(args.max_turn_tokens, args.max_completion_length, args.vllm_max_model_length if use_vllm else None),
         )
+
+    def _warn_of_shrunk_pictures(self, shown: int | None) -> None:
+        allowed = self.processing_class.image_processor.size["longest_edge"]
+        if shown is not None and shown > allowed:
+            logger.warning(
+                f"The image processor shrinks pictures to {allowed} pixels, and the environment shows up to {shown}: "
+                f"a larger full view would have less than 4 times the tokens of its low view. Set "
+                f"max_pixels: {allowed} in environment_args, or raise the processor's limit."
+            )
 
     def _hf_backend(self) -> HFBackend:
         return HFBackend(
@@ -231,6 +245,10 @@ class VTGRPOTrainer(GRPOTrainer):
         )
         rows = [episode_row(row) for row in inputs[::group_size]]  # the sampler repeats each row side by side
         return self.runner.run(rows, group_size, settings)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        with labelled_positions_only():
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _score(self, rollouts: list[Rollout], group_size: int) -> dict[str, torch.Tensor]:
         """Parts (N, F), ``correct`` (N,) with NaN where undecided, penalty, reward, advantage (N,) of this process."""
