@@ -107,7 +107,8 @@ def test_numbers_and_boxes():
     assert [as_number(text) for text in ("1,234.5", "12%", "-$4", "1e400", "1e9999", "nan", "1,2", "", "٣")] == (
         [1234.5, 12, None, None, None, None, None, None, 3]
     )
-    assert unboxed(r"\boxed{a} \boxed{\text{b}{c}} d") == r"\text{b}{c}"
+    assert unboxed(r"\boxed{a} \boxed{\frac{b}{c}} d") == r"\frac{b}{c}"
+    assert unboxed(r"\boxed{a} \boxed{\text{b}{c}} d") == "b{c}"
     assert unboxed(r"\boxed{{a}") == r"\boxed{{a}"
 
 
