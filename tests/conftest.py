@@ -8,10 +8,15 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+# A slow machine is no failure: no test here is about time.
+hypothesis.settings.register_profile("vt_trl", deadline=None)
+hypothesis.settings.load_profile("vt_trl")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 FAMILY_NAMES = ("qwen2_5_vl", "qwen3_vl")
