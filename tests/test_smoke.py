@@ -1,6 +1,7 @@
 """Real receipts through the command a user types: recipes/smoke.yaml on tiny checkpoints.
 
-Pictures are up to 940 x 2077 pixels, and are shown as they are.
+Pictures are up to 940 x 2077 pixels. They are shown as they are in the first run and in the in-process tests; two
+processes and vLLM get smaller ones.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ FORCED = [
     *("--environment", "helpers:AsksFirst", "--rewards", "accuracy", "format", "two_processes:alternating"),
     *("--mask_truncated_completions", "false"),
 ]
+
+# With pictures of 940 x 2077 in every completion these runs take many minutes on two cores.
+SMALLER = ["--environment_args", '{"max_pixels": 200000, "min_pixels": 3136}']
 
 
 @pytest.fixture(scope="session")
@@ -103,8 +107,7 @@ def test_three_steps_with_the_real_tokenizer(real_checkpoints, receipts, tmp_pat
 def test_three_steps_on_two_processes(real_checkpoints, receipts, tmp_path):
     config = ("--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml"))
     checkpoint = real_checkpoints["qwen2_5_vl"]
-    smaller = ("--environment_args", '{"max_pixels": 200000, "min_pixels": 3136}')  # two processes share the cores
-    logs = smoke(checkpoint, receipts, tmp_path, *FORCED, *smaller, "--max_rows", "6", launch=config)
+    logs = smoke(checkpoint, receipts, tmp_path, *FORCED, *SMALLER, "--max_rows", "6", launch=config)
     assert all(float(log["images"]) == 2 and float(log["request_rate"]) == 1 for log in logs)
     assert all(float(log["grad_norm"]) > 0 for log in logs)
 
@@ -112,7 +115,7 @@ def test_three_steps_on_two_processes(real_checkpoints, receipts, tmp_path):
 @pytest.mark.vllm
 def test_three_steps_with_vllm(real_checkpoints, receipts, tmp_path):
     pytest.importorskip("vllm")
-    options = [*FORCED, "--use_vllm", "true", "--max_rows", "3"]
+    options = [*FORCED, *SMALLER, "--use_vllm", "true", "--max_rows", "3"]
     logs = smoke(real_checkpoints["qwen2_5_vl"], receipts, tmp_path, *options)
     assert all(float(log["images"]) == 2 for log in logs)
     assert all(float(log["sampling/logp_difference_max"]) < 1e-4 for log in logs)
