@@ -122,6 +122,13 @@ def test_three_steps_with_vllm(real_checkpoints, receipts, tmp_path):
     assert all(float(log["grad_norm"]) > 0 for log in logs)
 
 
+@pytest.mark.vllm
+def test_vllm_takes_receipts_as_they_are(real_checkpoints, receipts, tmp_path):
+    pytest.importorskip("vllm")
+    logs = smoke(real_checkpoints["qwen2_5_vl"], receipts, tmp_path, "--use_vllm", "true", "--max_rows", "3")
+    assert all(float(log["visual_tokens"]) == 629 for log in logs)
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_visual_tokens_of_every_receipt_are_the_processors_own(real_checkpoints, receipts, family):
     processor = AutoProcessor.from_pretrained(real_checkpoints[family])
