@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from helpers import png
 from PIL import Image
 
 # A slow machine is no failure: no test here is about time.
@@ -72,3 +74,18 @@ def make_rows(count: int, size: tuple[int, int] = (112, 112)) -> list[dict]:
 @pytest.fixture
 def rows() -> list[dict]:
     return make_rows(4)
+
+
+@pytest.fixture
+def folder(tmp_path: Path):
+    """A function that writes rows as ``data.jsonl`` next to three pictures, of red value 10, 11 and 12."""
+    root = tmp_path / "set"
+    (root / "images").mkdir(parents=True)
+    for number in range(3):
+        (root / "images" / f"{number}.png").write_bytes(png((10 + number, 0, 0)))
+
+    def write(*rows: dict, name: str = "data.jsonl") -> Path:
+        (root / name).write_text("\n".join(json.dumps(one) for one in rows), encoding="utf-8")
+        return root
+
+    return write

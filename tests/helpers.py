@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from io import BytesIO
 from typing import Any
+
+from PIL import Image
 
 from vt_trl.envs import ResizeEnv
 from vt_trl.generation.base import Request, Sample
@@ -52,9 +55,18 @@ class Script:
         ids = (*ids, self.tokenizer.eos_token_id)
         return Sample(request.request_id, ids, (self.logprob,) * len(ids), finished=True)
 
-    def restart(self) -> None:
-        self.turns.clear()
+
+def png(colour, size=(40, 30)) -> bytes:
+    stream = BytesIO()
+    Image.new("RGB", size, colour).save(stream, "PNG")
+    return stream.getvalue()
 
 
-def trained_tokens(ids: Sequence[int], mask: Sequence[int]) -> list[int]:
-    return [token for token, keep in zip(ids, mask, strict=True) if keep]
+def row(number: int = 0, **changes) -> dict:
+    base = {
+        "id": f"r{number}",
+        "image": f"images/{number}.png",
+        "question": f"What is {number}?",
+        "answer": str(number),
+    }
+    return base | changes

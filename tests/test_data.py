@@ -1,13 +1,12 @@
 """Every bad row is named, with all its reasons, before a run starts; good ones become what an episode needs."""
 
-import json
-from io import BytesIO
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from datasets import Dataset
+from helpers import png, row
 from PIL import Image
 
 from vt_trl.data import BadRow, check_rows, clean_question, episode_row, load_rows, require_good_rows
@@ -15,37 +14,6 @@ from vt_trl.errors import ConfigError, DataError
 from vt_trl.images import ResolutionRule
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata"
-
-
-def png(colour, size=(40, 30)) -> bytes:
-    stream = BytesIO()
-    Image.new("RGB", size, colour).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def row(number: int = 0, **changes) -> dict:
-    base = {
-        "id": f"r{number}",
-        "image": f"images/{number}.png",
-        "question": f"What is {number}?",
-        "answer": str(number),
-    }
-    return base | changes
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A function that writes rows as ``data.jsonl`` next to three pictures, of red value 10, 11 and 12."""
-    root = tmp_path / "set"
-    (root / "images").mkdir(parents=True)
-    for number in range(3):
-        (root / "images" / f"{number}.png").write_bytes(png((10 + number, 0, 0)))
-
-    def write(*rows: dict, name: str = "data.jsonl") -> Path:
-        (root / name).write_text("\n".join(json.dumps(one) for one in rows), encoding="utf-8")
-        return root
-
-    return write
 
 
 @pytest.mark.parametrize(

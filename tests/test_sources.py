@@ -2,13 +2,11 @@
 
 import json
 import logging
-from io import BytesIO
-from pathlib import Path
 
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict, Features, Value
-from PIL import Image
+from helpers import png, row
 
 from vt_trl.data import check_rows, episode_row, load_rows, require_good_rows
 from vt_trl.errors import ConfigError, DataError
@@ -17,37 +15,6 @@ from vt_trl.errors import ConfigError, DataError
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def png(colour, size=(40, 30)) -> bytes:
-    stream = BytesIO()
-    Image.new("RGB", size, colour).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def row(number: int = 0, **changes) -> dict:
-    base = {
-        "id": f"r{number}",
-        "image": f"images/{number}.png",
-        "question": f"What is {number}?",
-        "answer": str(number),
-    }
-    return base | changes
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A function that writes rows as ``data.jsonl`` next to three pictures, of red value 10, 11 and 12."""
-    root = tmp_path / "set"
-    (root / "images").mkdir(parents=True)
-    for number in range(3):
-        (root / "images" / f"{number}.png").write_bytes(png((10 + number, 0, 0)))
-
-    def write(*rows: dict, name: str = "data.jsonl") -> Path:
-        (root / name).write_text("\n".join(json.dumps(one) for one in rows), encoding="utf-8")
-        return root
-
-    return write
 
 
 def red(loaded: dict) -> int:

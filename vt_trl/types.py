@@ -6,7 +6,7 @@ Nothing here knows a model, a trainer or a backend.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -147,7 +147,6 @@ class Rollout:
     attempted: bool = False  # a tool call was tried, granted or not
     detail: str = ""
     visual_tokens: int = 0  # image tokens in prompt and completion together
-    columns: dict[str, Any] = field(default_factory=dict)  # what environments want to hand to reward functions
 
     @property
     def well_formed(self) -> bool:
