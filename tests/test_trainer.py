@@ -160,9 +160,9 @@ def test_greedy_evaluation_is_greedy_in_every_turn_and_sees_the_last_rows(checkp
     seen: list[tuple] = []
     run = trainer.runner.run
 
-    def watched(rows: list, group_size: int, settings: SamplingSettings) -> list:
+    def watched(rows: list, group_size: int, settings: SamplingSettings, on_finished) -> list:
         assert settings.greedy and group_size == 1
-        rollouts = run(rows, group_size, settings)
+        rollouts = run(rows, group_size, settings, on_finished)
         seen.extend((r.row["id"], tuple(turn.token_ids for turn in r.turns)) for r in rollouts)
         return rollouts
 
@@ -245,7 +245,7 @@ def test_advantages_include_the_penalty(checkpoint, tmp_path):
     rewards = torch.tensor([1.5, 1.5, 1.4, 0.4])
     expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
     torch.testing.assert_close(batch["advantages"].cpu(), expected)
-    record = trainer.last_records[2]
+    record = trainer.recorder.last_records[2]
     assert (record.asked, record.correct, record.well_formed) == (True, True, True)
     assert record.penalty == pytest.approx(0.1) and record.reward == pytest.approx(1.4)
 

@@ -99,11 +99,12 @@ def score(trainer: VTGRPOTrainer) -> dict:
     """One generation batch, as the data loader of this rank gives it: rewards and advantages by row and member."""
     trainer.model.train()
     batch = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
-    assert torch.allclose(batch["advantages"], torch.tensor([record.advantage for record in trainer.last_records]))
+    records = trainer.recorder.last_records
+    assert torch.allclose(batch["advantages"], torch.tensor([record.advantage for record in records]))
     seen = [
         {"row": record.id, "group": record.group, "reward": record.reward, "penalty": record.penalty,
          "advantage": record.advantage, "asked": record.asked, "correct": record.correct}
-        for record in trainer.last_records
+        for record in records
     ]  # fmt: skip
     logs: dict = {}
     trainer.log(logs)

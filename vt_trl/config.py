@@ -11,7 +11,7 @@ from trl import GRPOConfig
 
 from vt_trl.envs import make_environment
 from vt_trl.errors import ConfigError
-from vt_trl.rewards import PENALTIES, make_reward
+from vt_trl.rewards import PENALTIES, make_rewards
 
 # Settings of stock TRL that this trainer would ignore; accepting them silently would be a lie.
 _UNSUPPORTED: dict[str, tuple[Any, str]] = {
@@ -35,7 +35,7 @@ class VTGRPOConfig(GRPOConfig):
     number to change.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["environment_args"]
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["environment_args", "judge_args"]
 
     environment: str = field(
         default="resize", metadata={"help": "Environment: `resize`, `direct`, or `module:Class` of your own."}
@@ -53,6 +53,26 @@ class VTGRPOConfig(GRPOConfig):
     correctness_reward: str = field(
         default="accuracy",
         metadata={"help": "The reward that says whether an answer is right (score > 0.5); the penalty counts it."},
+    )
+    judge: str | None = field(
+        default=None,
+        metadata={
+            "help": "Who decides `accuracy`: openai, local, rule, cascade or `module:Class`; by default a rule that "
+            "always decides."
+        },
+    )
+    judge_args: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Settings of the judge, e.g. `{model: gpt-4o, concurrency: 64}`; never a key."}
+    )
+    judge_cache: bool = field(default=True, metadata={"help": "Keep verdicts on disk for this and other runs."})
+    judge_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where verdicts are kept; default ~/.cache/vt_trl/judge."}
+    )
+    judge_max_failed: float = field(
+        default=0.1, metadata={"help": "Share of failed verdicts above which the run stops with the judge's error."}
+    )
+    judge_lenient: bool = field(
+        default=False, metadata={"help": "Judge a reply without answer tags as a whole instead of calling it wrong."}
     )
     penalty: str = field(
         default="paper",
@@ -86,6 +106,7 @@ class VTGRPOConfig(GRPOConfig):
             raise
         self._check_unsupported()
         self._check_episode()
+        self._check_judge()
         self._check_rewards()
         self._check_whole_groups()
         self._check_eval_groups()
@@ -129,9 +150,21 @@ class VTGRPOConfig(GRPOConfig):
             )
         make_environment(self.environment, self.environment_args)
 
+    def _check_judge(self) -> None:
+        if not isinstance(self.judge_args or {}, dict):
+            raise ConfigError(
+                f"judge_args is {self.judge_args!r}; write a mapping, e.g. `{{model: gpt-4o}}` in a recipe or "
+                f'\'{{"model": "gpt-4o"}}\' on the command line.'
+            )
+        if self.judge is None and self.judge_args:
+            raise ConfigError(f"judge_args is {self.judge_args!r}, but no judge is set; set judge, or remove it.")
+        if self.judge is not None and "accuracy" not in self.rewards:
+            raise ConfigError(
+                f"judge is {self.judge!r}, but rewards are {self.rewards}: add accuracy, which it decides."
+            )
+        make_rewards(self)
+
     def _check_rewards(self) -> None:
-        for name in self.rewards:
-            make_reward(name)
         if self.correctness_reward not in self.rewards:
             raise ConfigError(
                 f"correctness_reward is {self.correctness_reward!r}, but rewards are {self.rewards}; name one of them."

@@ -32,3 +32,7 @@ def where(row: int | None, id: str | None) -> str:
     if row is None:
         return f"{name}: " if name else ""
     return f"row {row} ({name}): " if name else f"row {row}: "
+
+
+class JudgeOutage(RuntimeError):
+    """Too many verdicts could not be had. The message holds the share, the last error and what to do; never a key."""

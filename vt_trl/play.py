@@ -21,7 +21,7 @@ from vt_trl.envs import Environment, make_environment
 from vt_trl.envs.base import message
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.recipe import RunArguments, parse_recipe
-from vt_trl.rewards import make_reward
+from vt_trl.rewards import RewardFunction, make_rewards
 from vt_trl.types import Done, ImagePart, Message, Observation, Rollout, Turn
 
 HELP = (
@@ -170,7 +170,8 @@ def printable(text: str) -> str:
 
 
 def _score(rollout: Rollout, args: VTGRPOConfig) -> dict[str, Any]:
-    parts = {name: _call_reward(name, rollout) for name in args.rewards}
+    rewards = dict(zip(args.rewards, make_rewards(args), strict=True))
+    parts = {name: _call_reward(reward, rollout) for name, reward in rewards.items()}
     weights = dict(zip(args.rewards, args.reward_weights, strict=True))
     known = None not in parts.values()
     return {
@@ -185,11 +186,11 @@ def _score(rollout: Rollout, args: VTGRPOConfig) -> dict[str, Any]:
     }
 
 
-def _call_reward(name: str, rollout: Rollout) -> float | None:
+def _call_reward(reward: RewardFunction, rollout: Rollout) -> float | None:
     """One reward function with the arguments that TRL's trainer would give it; None: could not be judged."""
     reserved = ("prompt", "completion", "completion_ids")
     columns = {key: [value] for key, value in rollout.row.items() if key not in reserved}
-    scores = make_reward(name)(
+    scores = reward(
         prompts=[[one.as_dict() for one in rollout.messages[: rollout.prompt_messages]]],
         completions=[[one.as_dict() for one in rollout.messages[rollout.prompt_messages :]]],
         completion_ids=[[]],

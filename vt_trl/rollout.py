@@ -84,8 +84,17 @@ class RolloutRunner:
         self.stop_ids = set(stop_ids)
         self.limits = limits
 
-    def run(self, rows: Sequence[dict[str, Any]], group_size: int, settings: SamplingSettings) -> list[Rollout]:
-        """``group_size`` rollouts of each row, those of a row side by side: ``len(rows) * group_size`` in all."""
+    def run(
+        self,
+        rows: Sequence[dict[str, Any]],
+        group_size: int,
+        settings: SamplingSettings,
+        on_finished: Callable[[Rollout], Any] = lambda rollout: None,
+    ) -> list[Rollout]:
+        """``group_size`` rollouts of each row, those of a row side by side: ``len(rows) * group_size`` in all.
+
+        ``on_finished`` is called with each rollout as soon as it ends, in no particular order, while others still run.
+        """
         episodes = [episode for row in rows for episode in self._start(row, group_size)]
         finished: list[Rollout | None] = [None] * len(episodes)
         self.backend.begin(settings)
@@ -98,7 +107,8 @@ class RolloutRunner:
                 if done is None:
                     self._submit(index, episodes[index])
                 else:
-                    finished[index] = self._finish(episodes[index], done)
+                    finished[index] = rollout = self._finish(episodes[index], done)
+                    on_finished(rollout)
         finally:
             self.backend.end()
         lost = [index for index, rollout in enumerate(finished) if rollout is None]

@@ -35,10 +35,11 @@ from vt_trl.features import ImageFeatures
 from vt_trl.fused_head import labelled_positions_only
 from vt_trl.generation.base import Backend, SamplingSettings
 from vt_trl.generation.hf import HFBackend
-from vt_trl.metrics import MetricBook, RolloutRecord, mean, summarise, unique_by_id
+from vt_trl.metrics import RolloutRecord, mean
 from vt_trl.packing import pack
 from vt_trl.passes import add_logprobs
-from vt_trl.rewards import group_advantages, group_penalty, make_reward
+from vt_trl.recorder import Recorder
+from vt_trl.rewards import group_advantages, group_penalty, make_rewards
 from vt_trl.rollout import Limits, RolloutRunner
 from vt_trl.token_ban import ban_tokens
 from vt_trl.types import Rollout, RolloutStatus
@@ -77,7 +78,7 @@ class VTGRPOTrainer(GRPOTrainer):
         try:
             super().__init__(
                 model=model,
-                reward_funcs=reward_funcs or [make_reward(name) for name in args.rewards],
+                reward_funcs=reward_funcs or make_rewards(args),
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -87,8 +88,8 @@ class VTGRPOTrainer(GRPOTrainer):
             args.use_vllm = use_vllm
         self.reward_func_names = list(args.rewards) if reward_funcs is None else self.reward_func_names
         self._correct_column = self._find_correctness(args)
-        self._books = {"train": MetricBook(), "eval": MetricBook()}
-        self._groups_seen = 0
+        self.recorder = Recorder(self.accelerator, self.reward_func_names)
+        self._open_judges()
         self.last_rollouts: list[Rollout] = []
         self._setup_tokens()
         self._setup_rollouts(args, environment, backend, use_vllm)
@@ -102,6 +103,13 @@ class VTGRPOTrainer(GRPOTrainer):
             f"correctness_reward is {args.correctness_reward!r}, but the reward functions are "
             f"{self.reward_func_names}; name the one that tells right from wrong."
         )
+
+    def _open_judges(self) -> None:
+        """Connect or load what judges, so that a missing key is an error now; and note who can start early."""
+        for reward in self.reward_funcs:
+            if hasattr(reward, "open"):
+                reward.open()
+        self._early = [reward.start for reward in self.reward_funcs if hasattr(reward, "start")]
 
     def _setup_tokens(self) -> None:
         policy = self.accelerator.unwrap_model(self.model)
@@ -218,20 +226,19 @@ class VTGRPOTrainer(GRPOTrainer):
             device=self.accelerator.device,
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
-        scored = self._score(rollouts, group_size)
+        chunk = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        numbers = add_logprobs(self, batch, chunk)
+        passed = time.perf_counter()
+        scored = self._score(rollouts, group_size, mode)  # only now: a judge has had all this time
+        numbers["time/score_seconds"] = time.perf_counter() - passed
         self._mask_unusable(batch, rollouts, scored["reward"], group_size)
         batch["advantages"] = scored["advantage"]
         loss_tokens = (batch["completion_mask"] * batch["tool_mask"]).sum()
         batch["num_items_in_batch"] = self.accelerator.gather(loss_tokens).sum()
-        chunk = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-        gaps = add_logprobs(self, batch, chunk)
         self._record(rollouts, scored, group_size, mode)
         self.last_rollouts = rollouts
-        timings = self._books[mode].timings
-        timings["time/rollout_seconds"].append(rolled - start)
-        timings["time/score_seconds"].append(time.perf_counter() - rolled)
-        for name, value in gaps.items():
-            timings[name].append(value)
+        numbers |= {"time/rollout_seconds": rolled - start, "time/logprob_seconds": passed - rolled}
+        self.recorder.add_numbers(mode, numbers)
         return batch
 
     def _roll_out(self, inputs: list[dict[str, Any]], group_size: int, mode: str) -> list[Rollout]:
@@ -244,18 +251,23 @@ class VTGRPOTrainer(GRPOTrainer):
             repetition_penalty=self.repetition_penalty,
         )
         rows = [episode_row(row) for row in inputs[::group_size]]  # the sampler repeats each row side by side
-        return self.runner.run(rows, group_size, settings)
+        return self.runner.run(rows, group_size, settings, self._start_judges)
+
+    def _start_judges(self, rollout: Rollout) -> None:
+        for start in self._early:
+            start(rollout)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         with labelled_positions_only():
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
-    def _score(self, rollouts: list[Rollout], group_size: int) -> dict[str, torch.Tensor]:
+    def _score(self, rollouts: list[Rollout], group_size: int, mode: str) -> dict[str, torch.Tensor]:
         """Parts (N, F), ``correct`` (N,) with NaN where undecided, penalty, reward, advantage (N,) of this process."""
         inputs = [{**rollout.row, "rollout": rollout} for rollout in rollouts]
         prompts = [[m.as_dict() for m in r.messages[: r.prompt_messages]] for r in rollouts]
         completions = [[m.as_dict() for m in r.messages[r.prompt_messages :]] for r in rollouts]
         everyone = self._calculate_rewards(inputs, prompts, completions, [r.completion_ids for r in rollouts])
+        self._take_logged(mode)
         here = slice(self.accelerator.process_index * len(rollouts), None)
         parts = everyone[here][: len(rollouts)].float().cpu()
         correct = parts[:, self._correct_column]
@@ -284,24 +296,17 @@ class VTGRPOTrainer(GRPOTrainer):
             failed |= torch.tensor([rollout.status is RolloutStatus.TRUNCATED for rollout in rollouts])
         batch["tool_mask"] = batch["tool_mask"] * (~failed).to(batch["tool_mask"].device).unsqueeze(1)
 
+    def _take_logged(self, mode: str) -> None:
+        """What reward functions gave to ``log_metric`` and ``log_extra``; TRL would collect it in code we replace."""
+        self.recorder.add_numbers(mode, {name: mean(values) for name, values in self._pending_metrics.items()})
+        if self.log_completions:
+            for column, values in self._pending_extra_logs.items():
+                self._logs["extra"][column].extend(gather_object(values))
+        self._pending_metrics.clear()
+        self._pending_extra_logs.clear()
+
     def _record(self, rollouts: list[Rollout], scored: dict[str, torch.Tensor], group_size: int, mode: str) -> None:
-        rank, records = self.accelerator.process_index, []
-        for index, rollout in enumerate(rollouts):
-            correct = scored["correct"][index].item()
-            records.append(
-                RolloutRecord.of(
-                    rollout,
-                    group=f"{rank}/{self._groups_seen + index // group_size}",
-                    correct=None if math.isnan(correct) else correct > 0.5,
-                    reward=scored["reward"][index].item(),
-                    penalty=scored["penalty"][index].item(),
-                    advantage=scored["advantage"][index].item(),
-                    parts=dict(zip(self.reward_func_names, scored["parts"][index].tolist(), strict=True)),
-                )
-            )
-        self._groups_seen += len(rollouts) // group_size
-        self._books[mode].records += records
-        self.last_records = records
+        records = self.recorder.add_rollouts(mode, rollouts, scored, group_size)
         if mode == "train":
             tokens = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
             self.state.num_input_tokens_seen += sum(gather_object([tokens]))
@@ -322,23 +327,17 @@ class VTGRPOTrainer(GRPOTrainer):
             self._logs["extra"][column].extend(getattr(record, column) for record in everyone)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        generated = len(self._books["train"].timings["time/rollout_seconds"])
+        phases = [f"time/{name}_seconds" for name in ("rollout", "logprob", "score")]
+        generated = len(self.recorder.numbers_of("train", phases[0]))
         start = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
-        timings = self._books["train"].timings
-        inside = sum(sum(timings[name][generated:]) for name in ("time/rollout_seconds", "time/score_seconds"))
-        timings["time/update_seconds"].append(time.perf_counter() - start - inside)
+        inside = sum(sum(self.recorder.numbers_of("train", name)[generated:]) for name in phases)
+        self.recorder.add_numbers("train", {"time/update_seconds": time.perf_counter() - start - inside})
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our means, over all processes, to what TRL logs. Called on every process."""
-        mode = "train" if self.model.training else "eval"
-        book, prefix = self._books[mode], "" if mode == "train" else "eval_"
-        records = gather_object(book.records)
-        if mode == "eval" and self.num_generations_eval == 1:
-            records = unique_by_id(records)
-        if records:
-            numbers = summarise(records) | {name: mean(values) for name, values in book.timings.items() if values}
-            logs.update({prefix + name: value for name, value in numbers.items()})
-        book.clear()
+        mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
+        numbers = self.recorder.take(mode, count_rows_once=mode == "eval" and self.num_generations_eval == 1)
+        logs.update({prefix + name: value for name, value in numbers.items()})
         super().log(logs, start_time)

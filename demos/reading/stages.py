@@ -203,7 +203,7 @@ def write_page(world: World, report: dict[str, Any], trainer: Any) -> Path:
     """The HTML report: table, curves, and whole episodes of the last generation batch."""
     from vt_trl.report import Episode, choose_episodes, write_report
 
-    pairs = [Episode(*pair) for pair in zip(trainer.last_rollouts, trainer.last_records, strict=True)]
+    pairs = [Episode(*pair) for pair in zip(trainer.last_rollouts, trainer.recorder.last_records, strict=True)]
     return write_report(
         world.out / "report.html",
         title="vt_trl: learning when to look closely",

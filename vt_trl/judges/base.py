@@ -93,6 +93,9 @@ class Judge(ABC):
     name: str = "judge"
     remote: bool = False  # waits on a network, not on this machine: scoring may start while the policy generates
 
+    def open(self) -> None:  # noqa: B027 - most judges have nothing to load
+        """Load or connect. Called before the first ``judge``; raises ConfigError when that cannot work."""
+
     @abstractmethod
     async def judge(self, cases: Sequence[Case]) -> list[Judgement]:
         """Judge distinct cases."""

@@ -2,8 +2,8 @@
 
 Three fences keep it so. The case is one JSON object, so a quote or a closing brace in a prediction is escaped and no
 text can end its own field. Whatever looks like a control token or a tag is broken by a space. And a reply counts as
-"right" only with the case's code, which stands behind the prediction and which no policy can know: a judge that repeats
-what a prediction told it to say has not said it, and a reply that a server mixed up belongs to nobody.
+"right" only with the case's code, which stands behind the prediction and which no policy can know: a judge that
+repeats what a prediction told it to say has not said it, and a reply that a server mixed up belongs to nobody.
 
 Order: rubric, question, accepted answers, prediction, code. What a group has in common is a common prefix.
 """
@@ -105,7 +105,7 @@ def case_with_code(case: Case) -> str:
 
 
 def read_json_reply(text: str, case: Case) -> bool:
-    """The verdict in a structured reply. Raises Unreadable unless it is exactly the object asked for, for this case."""
+    """The verdict in a structured reply. Raises Unreadable unless it is the very object asked for."""
     reply = _strip_fence(text)
     try:
         data = json.loads(reply, object_pairs_hook=_without_doubles)
