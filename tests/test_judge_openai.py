@@ -8,7 +8,8 @@ import logging
 import time
 
 import pytest
-from judge_server import (
+
+from benchmarks.judge_server import (
     JudgeServer,
     content,
     content_filter,
@@ -32,7 +33,6 @@ from judge_server import (
     two_choices,
     unauthorised,
 )
-
 from vt_trl.errors import ConfigError
 from vt_trl.judges.base import Case, Judgement, Verdict
 from vt_trl.judges.openai import OpenAIJudge

@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from judge_server import (
+
+from benchmarks.judge_server import (
     Behaviour,
     JudgeServer,
     Received,
@@ -36,7 +37,6 @@ from judge_server import (
     two_choices,
     unauthorised,
 )
-
 from vt_trl.judges.base import Case
 from vt_trl.judges.prompt import RUBRIC, SCHEMA, case_with_code, code_of, read_json_reply, read_plain_reply
 
