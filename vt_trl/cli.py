@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
@@ -20,7 +21,27 @@ def _parser() -> argparse.ArgumentParser:
     play.add_argument("recipe")
     play.add_argument("--row", type=int, default=0, help="number of the row to play, from 0")
     play.add_argument("--pictures", default=None, help="folder for the pictures shown (default: a temporary one)")
+    agreement = commands.add_parser("judge-agreement", help="compare judges on labelled rows")
+    agreement.add_argument("--rows", required=True, help="JSON lines: question, answer, prediction, optionally label")
+    agreement.add_argument(
+        "--judges", nargs="+", required=True, help="rule, local=MODEL, openai=MODEL, cascade, module:Class, label"
+    )
+    agreement.add_argument("--judge-args", default="{}", help='settings as JSON: \'{"local": {"device": "cpu"}}\'')
+    agreement.add_argument("--json", default=None, help="write the report to this file, all differing rows included")
+    agreement.add_argument("--show", type=int, default=40, help="differing rows to print per pair")
     return parser
+
+
+def _judge_agreement(options: argparse.Namespace) -> None:
+    from vt_trl.judges.agreement import judge_agreement
+
+    try:
+        settings = json.loads(options.judge_args)
+    except ValueError as error:
+        raise ConfigError(f"--judge-args is no JSON: {error}.") from error
+    if not isinstance(settings, dict) or not all(isinstance(value, dict) for value in settings.values()):
+        raise ConfigError('--judge-args must map judges to settings, e.g. \'{"local": {"device": "cpu"}}\'.')
+    judge_agreement(options.rows, options.judges, settings, options.json, options.show)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from vt_trl.play import play
 
             play(options.recipe, overrides, row=options.row, folder=options.pictures)
+        elif overrides:
+            parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+        elif options.command == "judge-agreement":
+            _judge_agreement(options)
     except (ConfigError, DataError) as error:
         print(f"vt-trl: {error}", file=sys.stderr)
         return 2

@@ -106,9 +106,10 @@ class Prompts:
 
 
 DIRECT_PROMPTS = Prompts(
-    system="You are a helpful assistant.",
-    task=(
-        "{question}\n\nFirst reason inside <think> </think>, then give the final answer inside <answer> </answer>. "
-        "For mathematics and multiple choice put the value or the letter into \\boxed{} inside the answer."
+    system=(
+        "You are a helpful assistant. First reason inside <think> </think>, then give the final answer inside "
+        "<answer> </answer>. For mathematics and multiple choice put the value or the letter into \\boxed{} inside "
+        "the answer."
     ),
+    task="{question}",
 )

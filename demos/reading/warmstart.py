@@ -46,6 +46,7 @@ class WarmStart:
     rows: int = 8000
     learning_rate: float = 1e-3
     ask_share: float = 0.4
+    kinds: tuple[str, ...] = ("direct", "answer", "ask")
 
 
 def answer_reply(letter: str) -> str:
@@ -159,7 +160,7 @@ def warm_start(
         "answer": _Demonstration(resize, [answer], rows[0], encoder),
         "ask": _Demonstration(resize, [BLURRED + CALL, answer], rows[0], encoder),
     }
-    batches = _Batches(model, processor, rows, kinds)
+    batches = _Batches(model, processor, rows, {name: kinds[name] for name in settings.kinds})
     _fit(model, batches, settings, seed, progress)
     model.save_pretrained(path)
     return path
@@ -177,7 +178,8 @@ def _fit(model: Any, batches: _Batches, settings: WarmStart, seed: int, progress
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         total = 0.0
-        for name, share in shares.items():
+        for name in settings.kinds:
+            share = shares[name]
             chosen = torch.randint(len(batches.letters), (round(settings.batch * share),), generator=generator)
             loss = batches.loss(name, chosen) * share
             loss.backward()

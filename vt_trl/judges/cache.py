@@ -72,11 +72,10 @@ class CachedJudge(Judge):
         return self.inner.fingerprint()
 
     def counts(self) -> Counter[str]:
-        """``looked_up`` cases, those ``from_disk``, those ``asked`` of the judge; and what the judge itself counts."""
+        """Cases ``asked`` of the judge and those ``from_disk``; and what the judge itself counts."""
         return self._counts + self.inner.counts()
 
     async def judge(self, cases: Sequence[Case]) -> list[Judgement]:
-        self._counts["looked_up"] += len(cases)
         missing: dict[str, Case] = {}
         found: list[Judgement | asyncio.Future[Judgement]] = []
         for case in cases:

@@ -150,9 +150,10 @@ class JudgeReward:
         self._raise_broken()
         self.judge.forget_failures()
         failed = [j for case, j in zip(cases, judgements, strict=True) if case and j.verdict is Verdict.FAILED]
-        self._guard(sum(case is not None for case in cases), failed)
+        judged = sum(case is not None for case in cases)
+        self._guard(judged, failed)
         if log_metric is not None:
-            for name, value in self._numbers(len(cases), len(failed), waited).items():
+            for name, value in self._numbers(judged, len(failed), waited).items():
                 log_metric(name, value)
         return [judgement.score for judgement in judgements]
 
@@ -176,13 +177,17 @@ class JudgeReward:
                 f"verdict was scored: their groups were dropped. Mend the judge and resume, or raise judge_max_failed."
             )
 
-    def _numbers(self, cases: int, failed: int, waited: float) -> dict[str, float]:
-        """What changed since the last call, for the logs; ``judge/requests`` and the like only where they exist."""
+    def _numbers(self, judged: int, failed: int, waited: float) -> dict[str, float]:
+        """What changed since the last call, for the logs; ``judge/requests`` and the like only where they exist.
+
+        ``judge/cases``: rollouts with an answer; ``judge/asked``: how many of them the judge itself had to see.
+        """
         total = self.judge.counts()
         since = total - self._logged
         self._logged = total
         numbers = {f"judge/{name}": float(since[name]) for name in total}
-        return numbers | {"judge/failed": failed / max(cases, 1), "judge/wait_seconds": waited}
+        own = {"cases": float(judged), "failed": failed / max(judged, 1), "wait_seconds": waited}
+        return numbers | {f"judge/{name}": value for name, value in own.items()}
 
 
 class AsyncJudgeReward(JudgeReward):

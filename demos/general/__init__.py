@@ -1,0 +1,1 @@
+"""Demo of general VQA: one turn, and a judge that decides."""
