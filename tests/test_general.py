@@ -40,6 +40,8 @@ def test_ten_steps_with_the_openai_client(out, monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-demo-secret-demo")
     check(demo.main(["--judge", "openai", "--out", str(out), "--threads", "1"]))
+    report = json.loads((out / "openai" / "report.json").read_text(encoding="utf-8"))
+    assert report["judge"] == "openai" and report["versions"]["trl"]
     texts = [path.read_bytes() for path in (out / "openai").rglob("*") if path.is_file()]
     assert texts and not any(b"demo-secret" in text for text in texts)  # nor in training_args.bin
 
@@ -182,8 +184,3 @@ def test_judge_settings_are_checked_at_start(tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message) as error:
         VTGRPOConfig(str(tmp_path), use_cpu=True, per_device_train_batch_size=8, **settings)
     assert "sk-secret" not in str(error.value)
-
-
-def test_a_report_is_written(out):
-    report = json.loads((out / "openai" / "report.json").read_text(encoding="utf-8"))
-    assert report["judge"] == "openai" and report["versions"]["trl"]
