@@ -26,6 +26,12 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "generation_kwargs": (None, "use temperature, top_p, top_k, min_p and repetition_penalty"),
 }
 
+_CHOICES = {
+    "dynamic_sampling": ("off", "drop", "refill"),
+    "dynamic_sampling_surplus": ("keep", "drop"),
+    "dynamic_sampling_shortfall": ("fewer", "stop"),
+}
+
 
 @dataclass
 class VTGRPOConfig(GRPOConfig):
@@ -80,6 +86,23 @@ class VTGRPOConfig(GRPOConfig):
     )
     penalty_theta: float = field(default=0.2, metadata={"help": "Threshold theta on the direct share (paper: 0.2)."})
     penalty_amount: float = field(default=0.1, metadata={"help": "Size of the penalty (paper: 0.1)."})
+    dynamic_sampling: str = field(
+        default="off",
+        metadata={"help": "Groups that teach nothing stay (off), carry no loss (drop) or are replaced (refill)."},
+    )
+    dynamic_sampling_rounds: int = field(
+        default=4, metadata={"help": "Refill: rounds of generation per batch after the first, at most."}
+    )
+    dynamic_sampling_surplus: str = field(
+        default="keep",
+        metadata={
+            "help": "Refill: good groups too many wait for the next batch of the same weights "
+            "(keep) or are left out (drop)."
+        },
+    )
+    dynamic_sampling_shortfall: str = field(
+        default="fewer", metadata={"help": "Refill, at the limit: go on with fewer groups, or stop."}
+    )
     max_turn_tokens: int | None = field(
         default=None, metadata={"help": "Sampled tokens per turn at most; default max_completion_length."}
     )
@@ -106,6 +129,7 @@ class VTGRPOConfig(GRPOConfig):
             raise
         self._check_unsupported()
         self._check_episode()
+        self._check_sampling()
         self._check_judge()
         self._check_rewards()
         self._check_whole_groups()
@@ -149,6 +173,22 @@ class VTGRPOConfig(GRPOConfig):
                 f"recipe or '{{\"max_pixels\": 4194304}}' on the command line."
             )
         make_environment(self.environment, self.environment_args)
+
+    def _check_sampling(self) -> None:
+        if self.dynamic_sampling is False:  # YAML reads off as a truth value
+            self.dynamic_sampling = "off"
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                near = difflib.get_close_matches(str(getattr(self, name)), allowed, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"{name} is {getattr(self, name)!r}.{hint} Use {' or '.join(allowed)}.")
+        if self.dynamic_sampling_rounds < 1:
+            raise ConfigError(f"dynamic_sampling_rounds is {self.dynamic_sampling_rounds}; it must be 1 or more.")
+        if self.dynamic_sampling != "off" and self.num_generations < 2:
+            raise ConfigError(
+                f"dynamic_sampling is {self.dynamic_sampling}, but num_generations is {self.num_generations}: a group "
+                f"of one never has a spread. Raise num_generations, or set dynamic_sampling: off."
+            )
 
     def _check_judge(self) -> None:
         if not isinstance(self.judge_args or {}, dict):

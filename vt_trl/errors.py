@@ -36,3 +36,7 @@ def where(row: int | None, id: str | None) -> str:
 
 class JudgeOutage(RuntimeError):
     """Too many verdicts could not be had. The message holds the share, the last error and what to do; never a key."""
+
+
+class SamplingShortfall(RuntimeError):
+    """Dynamic sampling did not find enough groups that teach something, and was told to stop then."""

@@ -16,7 +16,10 @@ from vt_trl.config import VTGRPOConfig
 from vt_trl.errors import ConfigError
 
 _RESERVED = {"env"}  # a mapping of environment variables, handled by TrlParser
-_ALSO_VALID = [("resume_from_checkpoint", True)]  # from the last checkpoint in output_dir
+_ALSO_VALID = [
+    ("resume_from_checkpoint", True),  # from the last checkpoint in output_dir
+    ("dynamic_sampling", False),  # YAML's reading of off
+]
 
 
 @dataclass

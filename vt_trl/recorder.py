@@ -6,12 +6,11 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from vt_trl.groups import Group
 from vt_trl.metrics import MetricBook, RolloutRecord, mean, summarise, unique_by_id
-from vt_trl.types import Rollout
 
 
 class Recorder:
@@ -20,31 +19,30 @@ class Recorder:
     def __init__(self, accelerator: Accelerator, reward_names: Sequence[str]):
         self.accelerator = accelerator
         self.reward_names = list(reward_names)
-        self.last_records: list[RolloutRecord] = []
+        self.last_records: list[RolloutRecord] = []  # of the groups in the latest batch
         self._books: dict[str, MetricBook] = defaultdict(MetricBook)
         self._groups_seen = 0
 
-    def add_rollouts(
-        self, mode: str, rollouts: Sequence[Rollout], scored: Mapping[str, torch.Tensor], group_size: int
-    ) -> list[RolloutRecord]:
-        """Records of this process's rollouts, (N,) in group order; ``scored`` as ``VTGRPOTrainer._score`` gives it."""
-        rank, records = self.accelerator.process_index, []
-        for index, rollout in enumerate(rollouts):
-            correct = scored["correct"][index].item()
-            records.append(
-                RolloutRecord.of(
-                    rollout,
-                    group=f"{rank}/{self._groups_seen + index // group_size}",
-                    correct=None if math.isnan(correct) else correct > 0.5,
-                    reward=scored["reward"][index].item(),
-                    penalty=scored["penalty"][index].item(),
-                    advantage=scored["advantage"][index].item(),
-                    parts=dict(zip(self.reward_names, scored["parts"][index].tolist(), strict=True)),
+    def add_groups(self, mode: str, groups: Sequence[Group]) -> list[RolloutRecord]:
+        """Record this process's groups; returns one record per rollout, in order."""
+        records = []
+        for group in groups:
+            name = f"{self.accelerator.process_index}/{self._groups_seen}"
+            self._groups_seen += 1
+            for index, rollout in enumerate(group.rollouts):
+                correct = group.correct[index].item()
+                records.append(
+                    RolloutRecord.of(
+                        rollout,
+                        group=name,
+                        correct=None if math.isnan(correct) else correct > 0.5,
+                        reward=group.reward[index].item(),
+                        penalty=group.penalty[index].item(),
+                        advantage=group.advantage[index].item(),
+                        parts=dict(zip(self.reward_names, group.parts[index].tolist(), strict=True)),
+                    )
                 )
-            )
-        self._groups_seen += len(rollouts) // group_size
         self._books[mode].records += records
-        self.last_records = records
         return records
 
     def add_numbers(self, mode: str, numbers: Mapping[str, float]) -> None:

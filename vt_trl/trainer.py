@@ -13,8 +13,8 @@ and the training loop.
 from __future__ import annotations
 
 import logging
-import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,18 +33,23 @@ from vt_trl.envs import Environment, make_environment
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
 from vt_trl.fused_head import labelled_positions_only
+from vt_trl.generation.backends import hf_backend, vllm_backend
 from vt_trl.generation.base import Backend, SamplingSettings
-from vt_trl.generation.hf import HFBackend
+from vt_trl.groups import Group, Refiller, effective_share, score_groups, set_advantages, without_loss
 from vt_trl.metrics import RolloutRecord, mean
 from vt_trl.packing import pack
 from vt_trl.passes import add_logprobs
 from vt_trl.recorder import Recorder
-from vt_trl.rewards import group_advantages, group_penalty, make_rewards
+from vt_trl.rewards import make_rewards
 from vt_trl.rollout import Limits, RolloutRunner
 from vt_trl.token_ban import ban_tokens
 from vt_trl.types import Rollout, RolloutStatus
 
 logger = logging.getLogger(__name__)
+
+PHASES = [f"time/{name}_seconds" for name in ("rollout", "logprob", "score")]
+# Losses that TRL averages over sequences, masked ones included; the others count loss tokens.
+PER_SEQUENCE_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
 
 
 class VTGRPOTrainer(GRPOTrainer):
@@ -87,8 +92,9 @@ class VTGRPOTrainer(GRPOTrainer):
         finally:
             args.use_vllm = use_vllm
         self.reward_func_names = list(args.rewards) if reward_funcs is None else self.reward_func_names
-        self._correct_column = self._find_correctness(args)
+        self.correct_column = self._find_correctness(args)
         self.recorder = Recorder(self.accelerator, self.reward_func_names)
+        self.refiller = Refiller(self)
         self._open_judges()
         self.last_rollouts: list[Rollout] = []
         self._setup_tokens()
@@ -136,7 +142,7 @@ class VTGRPOTrainer(GRPOTrainer):
         self._warn_of_shrunk_pictures(environment().max_image_pixels)
         self.runner = RolloutRunner(
             environment,
-            backend or (self._vllm_backend(environment()) if use_vllm else self._hf_backend()),
+            backend or (vllm_backend(self, environment()) if use_vllm else hf_backend(self)),
             ChatEncoder(self._tokenizer, self.family, self.features),
             self.stop_ids,
             Limits(args.max_turn_tokens, args.max_completion_length, args.vllm_max_model_length if use_vllm else None),
@@ -151,52 +157,8 @@ class VTGRPOTrainer(GRPOTrainer):
                 f"max_pixels: {allowed} in environment_args, or raise the processor's limit."
             )
 
-    def _hf_backend(self) -> HFBackend:
-        return HFBackend(
-            self._generation_model,
-            self.features,
-            pad_id=self._tokenizer.pad_token_id,
-            stop_ids=self.stop_ids,
-            banned_ids=self.banned_ids,
-            image_token_id=self.image_token_id,
-            max_batch=self.args.generation_chunk,
-        )
-
-    def _vllm_backend(self, example: Environment) -> Backend:
-        from vt_trl.generation.vllm import ColocatedEngine, VLLMBackend
-
-        args = self.args
-        self.vllm_generation = ColocatedEngine(
-            model=self.model,
-            accelerator=self.accelerator,
-            processing_class=self.processing_class,
-            mode=args.vllm_mode,
-            max_images=example.max_turns,
-            max_image_tokens=self._largest_image_tokens(example.max_image_pixels),
-            tensor_parallel_size=args.vllm_tensor_parallel_size,
-            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-            max_model_length=args.vllm_max_model_length,
-            max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
-            enable_sleep_mode=args.vllm_enable_sleep_mode,
-            model_impl=args.vllm_model_impl,
-            trust_remote_code=args.trust_remote_code,
-        )
-        return VLLMBackend(
-            self.vllm_generation,
-            image_token_id=self.image_token_id,
-            eos_token_ids=self.stop_ids,
-            banned_ids=self.banned_ids,
-            weights_version=lambda: self.state.global_step,
-        )
-
-    def _largest_image_tokens(self, max_pixels: int | None) -> int:
-        """Visual tokens of the largest picture the environment can show; vLLM's batch must hold one."""
-        processor = self.processing_class.image_processor
-        largest = min(max_pixels or math.inf, processor.size["longest_edge"])
-        return math.ceil(largest / (processor.patch_size * processor.merge_size) ** 2)
-
     @contextmanager
-    def _generation_model(self) -> Iterator[nn.Module]:
+    def generation_model(self) -> Iterator[nn.Module]:
         """The policy, gathered from its shards and with gradient checkpointing off."""
         with (
             unwrap_model_for_generation(
@@ -212,37 +174,49 @@ class VTGRPOTrainer(GRPOTrainer):
     # The seam: one generation batch from rows to the dictionary that TRL's loss reads.
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode()
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
-        start = time.perf_counter()
+        sampling = self.args.dynamic_sampling if mode == "train" else "off"
+        self._seconds = Counter(dict.fromkeys(PHASES, 0.0))
         self.features.clear()
-        rollouts = self._roll_out(inputs, group_size, mode)
-        rolled = time.perf_counter()
-        batch = pack(
-            rollouts,
-            self.features,
-            pad_id=self._tokenizer.pad_token_id,
-            image_token_id=self.image_token_id,
-            device=self.accelerator.device,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-        )
-        chunk = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-        numbers = add_logprobs(self, batch, chunk)
-        passed = time.perf_counter()
-        scored = self._score(rollouts, group_size, mode)  # only now: a judge has had all this time
-        numbers["time/score_seconds"] = time.perf_counter() - passed
-        self._mask_unusable(batch, rollouts, scored["reward"], group_size)
-        batch["advantages"] = scored["advantage"]
-        loss_tokens = (batch["completion_mask"] * batch["tool_mask"]).sum()
-        batch["num_items_in_batch"] = self.accelerator.gather(loss_tokens).sum()
-        self._record(rollouts, scored, group_size, mode)
-        self.last_rollouts = rollouts
-        numbers |= {"time/rollout_seconds": rolled - start, "time/logprob_seconds": passed - rolled}
-        self.recorder.add_numbers(mode, numbers)
+        groups: list[Group] = []
+        left_out: list[Group] = []
+        if sampling == "refill":
+            groups, left_out = self.refiller.collect(inputs, group_size)
+        rollouts = [one for group in groups for one in group.rollouts] or self._roll_out(inputs, group_size)
+        with self._phase("logprob"):
+            batch = pack(
+                rollouts,
+                self.features,
+                pad_id=self._tokenizer.pad_token_id,
+                image_token_id=self.image_token_id,
+                device=self.accelerator.device,
+                pad_to_multiple_of=self.pad_to_multiple_of,
+            )
+            args = self.args
+            chunk = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
+            self.recorder.add_numbers(mode, add_logprobs(self, batch, chunk))
+        groups = groups or self._score(rollouts, group_size)  # only now: a judge has had all this time
+        set_advantages(self, groups, group_size)
+        self._finish_batch(batch, groups, sampling)
+        self._record(groups, left_out, mode)
         return batch
 
-    def _roll_out(self, inputs: list[dict[str, Any]], group_size: int, mode: str) -> list[Rollout]:
-        greedy = mode == "eval" and self.args.eval_greedy
+    def make_groups(self, inputs: list[dict[str, Any]], group_size: int) -> list[Group]:
+        """Rollouts and scores of rows that the sampler has repeated ``group_size`` times. A collective."""
+        return self._score(self._roll_out(inputs, group_size), group_size)
+
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[f"time/{name}_seconds"] += time.perf_counter() - start
+
+    def _roll_out(self, inputs: list[dict[str, Any]], group_size: int) -> list[Rollout]:
+        greedy = self._mode() == "eval" and self.args.eval_greedy
         settings = SamplingSettings(
             temperature=0.0 if greedy else self.temperature,
             top_p=1.0 if greedy else self.top_p,
@@ -251,7 +225,8 @@ class VTGRPOTrainer(GRPOTrainer):
             repetition_penalty=self.repetition_penalty,
         )
         rows = [episode_row(row) for row in inputs[::group_size]]  # the sampler repeats each row side by side
-        return self.runner.run(rows, group_size, settings, self._start_judges)
+        with self._phase("rollout"):
+            return self.runner.run(rows, group_size, settings, self._start_judges)
 
     def _start_judges(self, rollout: Rollout) -> None:
         for start in self._early:
@@ -261,40 +236,32 @@ class VTGRPOTrainer(GRPOTrainer):
         with labelled_positions_only():
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
-    def _score(self, rollouts: list[Rollout], group_size: int, mode: str) -> dict[str, torch.Tensor]:
-        """Parts (N, F), ``correct`` (N,) with NaN where undecided, penalty, reward, advantage (N,) of this process."""
-        inputs = [{**rollout.row, "rollout": rollout} for rollout in rollouts]
-        prompts = [[m.as_dict() for m in r.messages[: r.prompt_messages]] for r in rollouts]
-        completions = [[m.as_dict() for m in r.messages[r.prompt_messages :]] for r in rollouts]
-        everyone = self._calculate_rewards(inputs, prompts, completions, [r.completion_ids for r in rollouts])
-        self._take_logged(mode)
-        here = slice(self.accelerator.process_index * len(rollouts), None)
-        parts = everyone[here][: len(rollouts)].float().cpu()
-        correct = parts[:, self._correct_column]
-        asked = torch.tensor([rollout.asked for rollout in rollouts])
-        penalty = group_penalty(
-            self.args.penalty, correct > 0.5, asked, group_size, self.args.penalty_theta, self.args.penalty_amount
-        )
-        # NaN in any part is a score nobody could give: the sum, and with it the group, stays unknown.
-        reward = (parts * self.reward_weights.cpu()).sum(dim=1) - penalty
-        all_rewards = self.accelerator.gather(reward.to(self.accelerator.device)).cpu()
-        advantage = group_advantages(all_rewards, group_size, self.scale_rewards)[here][: len(rollouts)]
-        return {
-            "parts": parts,
-            "correct": correct,
-            "penalty": penalty,
-            "reward": reward,
-            "advantage": advantage,
-        }
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """TRL's loss; where it is a mean over sequences, over those only whose group carries loss."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss * inputs["loss_scale"][0] if self.loss_type in PER_SEQUENCE_LOSSES else loss
 
-    def _mask_unusable(
-        self, batch: dict[str, Any], rollouts: list[Rollout], reward: torch.Tensor, group_size: int
-    ) -> None:
-        """Take the loss, never the attention, from groups that could not be scored and from truncated episodes."""
-        failed = reward.isnan().view(-1, group_size).any(dim=1).repeat_interleave(group_size)
+    def _score(self, rollouts: list[Rollout], group_size: int) -> list[Group]:
+        with self._phase("score"):
+            groups = score_groups(self, rollouts, group_size)
+        self._take_logged(self._mode())
+        return groups
+
+    def _finish_batch(self, batch: dict[str, Any], groups: list[Group], sampling: str) -> None:
+        """Advantages; and the loss, never the attention, taken from dropped groups and from truncated episodes."""
+        dropped = without_loss(groups, sampling)
+        share = effective_share(self, dropped)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        unused = dropped.clone()
         if self.mask_truncated_completions:
-            failed |= torch.tensor([rollout.status is RolloutStatus.TRUNCATED for rollout in rollouts])
-        batch["tool_mask"] = batch["tool_mask"] * (~failed).to(batch["tool_mask"].device).unsqueeze(1)
+            unused |= torch.tensor([rollout.status is RolloutStatus.TRUNCATED for rollout in rollouts])
+        batch["tool_mask"] = batch["tool_mask"] * (~unused).to(batch["tool_mask"].device).unsqueeze(1)
+        device = batch["tool_mask"].device
+        batch["advantages"] = torch.cat([group.advantage for group in groups]).to(device)
+        batch["loss_scale"] = torch.full((len(rollouts),), 1 / share if share else 1.0, device=device)
+        loss_tokens = (batch["completion_mask"] * batch["tool_mask"]).sum()
+        batch["num_items_in_batch"] = self.accelerator.gather(loss_tokens).sum()
+        self.recorder.add_numbers(self._mode(), {"groups/effective_share": share})
 
     def _take_logged(self, mode: str) -> None:
         """What reward functions gave to ``log_metric`` and ``log_extra``; TRL would collect it in code we replace."""
@@ -305,13 +272,17 @@ class VTGRPOTrainer(GRPOTrainer):
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()
 
-    def _record(self, rollouts: list[Rollout], scored: dict[str, torch.Tensor], group_size: int, mode: str) -> None:
-        records = self.recorder.add_rollouts(mode, rollouts, scored, group_size)
+    def _record(self, groups: list[Group], left_out: list[Group], mode: str) -> None:
+        self.last_rollouts = [rollout for group in groups for rollout in group.rollouts]
+        self.recorder.last_records = self.recorder.add_groups(mode, groups)
+        self.recorder.add_groups(mode, left_out)
+        self.recorder.add_numbers(mode, self._seconds)
         if mode == "train":
-            tokens = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in rollouts)
+            made = [rollout for group in (*groups, *left_out) for rollout in group.rollouts]
+            tokens = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in made)
             self.state.num_input_tokens_seen += sum(gather_object([tokens]))
         if self.log_completions:
-            self._log_completions(rollouts, records)
+            self._log_completions(self.last_rollouts, self.recorder.last_records)
 
     def _log_completions(self, rollouts: list[Rollout], records: list[RolloutRecord]) -> None:
         """Fill the table that TRL prints and writes when ``log_completions`` is set."""
@@ -327,11 +298,10 @@ class VTGRPOTrainer(GRPOTrainer):
             self._logs["extra"][column].extend(getattr(record, column) for record in everyone)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        phases = [f"time/{name}_seconds" for name in ("rollout", "logprob", "score")]
-        generated = len(self.recorder.numbers_of("train", phases[0]))
+        generated = len(self.recorder.numbers_of("train", PHASES[0]))
         start = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
-        inside = sum(sum(self.recorder.numbers_of("train", name)[generated:]) for name in phases)
+        inside = sum(sum(self.recorder.numbers_of("train", name)[generated:]) for name in PHASES)
         self.recorder.add_numbers("train", {"time/update_seconds": time.perf_counter() - start - inside})
         return loss
 
