@@ -237,9 +237,17 @@ class VTGRPOTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """TRL's loss; where it is a mean over sequences, over those only whose group carries loss."""
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        return loss * inputs["loss_scale"][0] if self.loss_type in PER_SEQUENCE_LOSSES else loss
+        """TRL's loss; where it is a mean over sequences, over those only whose group carries loss.
+
+        Advantages and the KL coefficient are scaled rather than the loss: TRL's entropy bonus is a mean over loss
+        tokens already.
+        """
+        scale = inputs["loss_scale"][0].item() if self.loss_type in PER_SEQUENCE_LOSSES else 1.0
+        beta, self.beta = self.beta, self.beta * scale
+        try:
+            return super().compute_loss(model, {**inputs, "advantages": inputs["advantages"] * scale}, *args, **kwargs)
+        finally:
+            self.beta = beta
 
     def _score(self, rollouts: list[Rollout], group_size: int) -> list[Group]:
         with self._phase("score"):
@@ -258,7 +266,7 @@ class VTGRPOTrainer(GRPOTrainer):
         batch["tool_mask"] = batch["tool_mask"] * (~unused).to(batch["tool_mask"].device).unsqueeze(1)
         device = batch["tool_mask"].device
         batch["advantages"] = torch.cat([group.advantage for group in groups]).to(device)
-        batch["loss_scale"] = torch.full((len(rollouts),), 1 / share if share else 1.0, device=device)
+        batch["loss_scale"] = torch.full((len(rollouts),), 1 / share if share else 1.0)  # read on the CPU
         loss_tokens = (batch["completion_mask"] * batch["tool_mask"]).sum()
         batch["num_items_in_batch"] = self.accelerator.gather(loss_tokens).sum()
         self.recorder.add_numbers(self._mode(), {"groups/effective_share": share})
