@@ -125,3 +125,15 @@ def test_two_processes_train_one_model(two):
     norms = [entry["grad_norm"] for entry in first["log"] if "grad_norm" in entry]
     assert all(norm > 0 for norm in norms)
     assert len(two["completions"]) == 2  # one table per step: log_completions gathers from both
+
+
+def test_refill_ends_on_both_ranks_with_good_groups_only(two):
+    """Half of the rows teach nothing, and the ranks lack different numbers of groups in most rounds."""
+    ranks = two["refill"]
+    for seen in ranks:
+        assert len(seen["rows"]) == 8
+        assert {int(row.removeprefix("row-")) % 2 for row in seen["rows"]} == {0}
+    logs = [log for log in ranks[0]["log"] if "loss" in log]
+    assert len(logs) == 2 and all(log["groups/effective_share"] == 1 for log in logs)
+    assert max(log["groups/rounds"] for log in logs) > 1
+    assert ranks[0]["parameters"] == ranks[1]["parameters"]

@@ -30,18 +30,20 @@ PLANS = [
     [RIGHT, WRONG, WRONG, WRONG],  # r = 1: nobody asked, nobody pays
     [ASK_WRONG, ASK_WRONG, ASK_WRONG, WRONG],  # nothing right: r counts as 0, the direct answer pays
 ]
+# Odd rows teach nothing: all members are wrong, and pay the same penalty.
+HALF_FLAT = [PLANS[0], [WRONG] * 4]
 
 
 class ByRowAndMember:
     """Replies that depend on the row and on the place in its group alone, wherever and whenever they are sampled."""
 
-    def __init__(self, checkpoint: str, group: int):
-        self.tokenizer, self.group = AutoTokenizer.from_pretrained(checkpoint), group
+    def __init__(self, checkpoint: str, group: int, plans: list[list[str]] = PLANS):
+        self.tokenizer, self.group, self.plans = AutoTokenizer.from_pretrained(checkpoint), group, plans
 
     def __call__(self, request: Request) -> Sample:
         text = self.tokenizer.decode(request.token_ids)
         row = int(text.split("Which number is ")[1].split("?")[0])
-        plan = PLANS[row % len(PLANS)][request.request_id % self.group]
+        plan = self.plans[row % len(self.plans)][request.request_id % self.group]
         asks = plan.startswith("ask") and len(request.images) == 1
         reply = CALL if asks else answer(str(row) if plan.endswith("right") else "nothing")
         ids = self.tokenizer(reply, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -76,12 +78,15 @@ def make_trainer(job: str, checkpoint: str, out: Path, per_device: int) -> VTGRP
         report_to=[],
         disable_tqdm=True,
         log_completions=trains,
+        dynamic_sampling="refill" if job == "refill" else "off",
+        dynamic_sampling_rounds=8,
     )
     rows = numbered_rows(7 if job == "evaluate" else 8)
     options = {"environment": lambda: AsksFirst(**ENVIRONMENT), "reward_funcs": [by_token, by_token]}
     if not trains:
         group = 1 if job == "evaluate" else GROUP
-        options = {"backend": ScriptedBackend(ByRowAndMember(checkpoint, group))}
+        plans = HALF_FLAT if job == "refill" else PLANS
+        options = {"backend": ScriptedBackend(ByRowAndMember(checkpoint, group, plans))}
     return VTGRPOTrainer(checkpoint, args, rows, rows, **options)
 
 
@@ -133,20 +138,29 @@ def train(trainer: VTGRPOTrainer) -> dict:
     return {"parameters": fingerprint(trainer), "log": trainer.state.log_history, "drawn": drawn}
 
 
+def refill(trainer: VTGRPOTrainer) -> dict:
+    """Both ranks go on until each has its groups, then train on them."""
+    trainer.train()
+    kept = [rollout.row["id"] for rollout in trainer.last_rollouts]
+    return {"log": trainer.state.log_history, "rows": kept, "parameters": fingerprint(trainer)}
+
+
 def fingerprint(trainer: VTGRPOTrainer) -> dict[str, str]:
     """Every parameter's exact sum, as hex, so that equality is of bits."""
     policy = trainer.accelerator.unwrap_model(trainer.model)
     return {name: value.detach().double().sum().item().hex() for name, value in policy.named_parameters()}
 
 
-JOBS = {"score": score, "evaluate": evaluate, "train": train}
+JOBS = {"score": score, "evaluate": evaluate, "train": train, "refill": refill}
+
+PER_DEVICE = {"score": 16, "evaluate": 2, "train": 4, "refill": 8}
 
 
 def main(checkpoint: str, out: str) -> None:
     torch.set_num_threads(1)
     for job, run in JOBS.items():
         set_seed(0)
-        trainer = make_trainer(job, checkpoint, Path(out), {"score": 16, "evaluate": 2, "train": 4}[job])
+        trainer = make_trainer(job, checkpoint, Path(out), PER_DEVICE[job])
         seen = run(trainer)
         (Path(out) / f"{job}-{trainer.accelerator.process_index}.json").write_text(json.dumps(seen))
     trainer.accelerator.end_training()
