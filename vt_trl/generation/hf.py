@@ -116,11 +116,10 @@ class HFBackend:
             requests, self._pending = self._pending, []
             # Neighbours in length share a batch, so that padding stays small.
             requests.sort(key=lambda request: (request.max_new_tokens, len(request.token_ids)))
-            samples: list[Sample] = []
             with self.model_context() as model:
                 for start in range(0, len(requests), self.max_batch):
-                    samples += self._generate(model, requests[start : start + self.max_batch])
-            yield from samples
+                    # Handed over batch by batch: a judge can begin on the first while the others are generated.
+                    yield from self._generate(model, requests[start : start + self.max_batch])
 
     @torch.no_grad()
     def _generate(self, model: Any, requests: list[Request]) -> list[Sample]:
