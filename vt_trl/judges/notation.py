@@ -16,6 +16,7 @@ _RAISED = re.compile("[⁺⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _REPLACE = (("\\left", ""), ("\\right", ""), ("\\,", " "), ("\\;", " "), ("\\ ", " "), ("\\%", "%"), ("\\$", "$"))
 _REPLACE += (("^{\\circ}", "°"), ("^\\circ", "°"), ("\\circ", "°"), ("−", "-"), ("–", "-"), ("‑", "-"), ("’", "'"))
 _TEXT_MACRO = re.compile(r"\\(?:text|textbf|mathrm|mathbf) ?\{([^{}]{0,200})\}")
+_DOLLARS = re.compile(r"\$([^$\\]{0,200}\\[^$]{0,200})\$")  # a formula, and not two prices
 _LEAD_IN = re.compile(
     r"(?:(?:so|thus|therefore|hence),? )?(?:(?:the )?(?:final |correct |right )?"
     r"(?:(?:answer|result)(?: is ?:?| ?:)|(?:option|choice)(?: is| ?:)?(?= \(?[a-j]\b))"
@@ -38,13 +39,14 @@ _CLOCK = re.compile(r"(?:at )?(\d{1,2})(?:[:.](\d{2}))? ?(?:([ap])\.?m|o'clock)?
 _NAMED_TIMES = {"noon": 720, "12 noon": 720, "midday": 720, "midnight": 0, "12 midnight": 0}
 
 _CODE = re.compile(r"[a-z0-9]+(?:[ ()+#-]{1,3}[a-z0-9]+)*\)?")
-_NO_CODE = re.compile(r"\b(?:of|in|per|to|and|or|out|x|by|from|than|at)\b")
+_NO_CODE = re.compile(r"\b(?:of|in|per|to|and|or|out|x|by|from|at|am|pm|a|the|is)\b")
 _EMAIL = re.compile(r"[\w.+-]{1,64}@[\w-]{1,64}(?:\.[\w-]{1,64}){1,4}")
 _WEB = re.compile(r"(?:https?://)?(?:www\.)?([\w-]{1,64}(?:\.[\w-]{1,64}){0,4}\.[a-z]{2,10}(?:/[^\s/]{1,200})*)/?")
 
 _TUPLE = re.compile(r"(?:[a-z]'? ?=? ?)?([(\[{])([^()\[\]{}]{1,200})([)\]}])")
 _PLAIN = r"-?\d[\d,]{0,20}(?:\.\d{1,20})?"
 _RANGE = re.compile(rf"(?:from |between )?({_PLAIN}) ?(?:(:)|to|-|and|until|through) ?({_PLAIN})")
+_RATIO = re.compile(r"\bratio\b", re.I)
 _SEPARATOR = re.compile(r" ?(?:,? and |[,;&→>]) ?")
 _ORDER = re.compile(
     r"\bin (?:the |[a-z]{2,20}ing )?order\b|\border of\b|\brank|\bsort\b|\barrange|\bsequence\b|\bchronolog"
@@ -52,12 +54,16 @@ _ORDER = re.compile(
     re.I,
 )
 _PERHAPS_ORDER = re.compile(r"\b(?:order|step|steps|first|last|left|right|top|bottom|route|path|from)\b", re.I)
+_SEVERAL = re.compile(
+    r"\b(?:two|three|four|both|all|(?:what|which|the) (?!(?:i|wa|doe|ha|thi)s\b)[^\W\d_]{1,20}[a-rt-z]s)\b",
+    re.I,
+)
 _ANY = re.compile(r"\b(?:one of|any|either|an? example|name an?)\b", re.I)
 
 
 def tidy(text: str) -> str:
     r"""What counts of a text: the inside of ``\boxed{}``, in one form per character and lower case, without quotes."""
-    text = _TEXT_MACRO.sub(r"\1", unboxed(text))
+    text = _DOLLARS.sub(r"\1", _TEXT_MACRO.sub(r"\1", unboxed(text)))
     for old, new in _REPLACE:
         text = text.replace(old, new)
     text = unicodedata.normalize("NFKC", _RAISED.sub(lambda match: f"^{match[0]}", text)).casefold()
@@ -120,7 +126,7 @@ def _valid(year: int | None, month: int, day: int | None) -> bool:
 def same_time(question: str, gold: str, given: str) -> bool | None:
     """Times of day. Without am or pm, an hour up to 12 may be in either half of the day."""
     ours, theirs = _times(gold), _times(given)
-    if not ours or not theirs or re.search(r"\bratio\b", question, re.I):
+    if not ours or not theirs or _RATIO.search(question):
         return None
     if ours == theirs:
         return True
@@ -146,21 +152,21 @@ def _times(text: str) -> frozenset[int]:
 def same_code(question: str, gold: str, given: str) -> bool | None:
     """Serial, phone and plate numbers: spaces and hyphens do not count, every other character does."""
     ours, theirs = _code(gold), _code(given)
-    if not ours or not theirs:
+    if not ours or not theirs or (_dates(gold) and _dates(given)):
         return None
     if ours == theirs:
         return True
-    if sorted(gold.split()) == sorted(given.split()) or ours in theirs or theirs in ours:
+    if sorted(re.split("[ -]", gold)) == sorted(re.split("[ -]", given)) or ours in theirs or theirs in ours:
         return None  # "Q3 2020" and "2020 Q3"; with and without a country code
     digits = min(sum(map(str.isdigit, code)) for code in (ours, theirs))
     return False if digits > 3 or len(ours) == len(theirs) else None
 
 
 def _code(text: str) -> str:
-    """The letters and digits of a code: of words with digits and at most short ones without, six in all; else ""."""
+    """The letters and digits of a code: of words with digits and only short ones without, six in all; else ""."""
     words = re.split("[ ()+#-]+", text.strip("+#("))
     plain = [word for word in words if word.isalpha()]
-    if not _CODE.fullmatch(text.strip("+#(")) or _NO_CODE.search(text) or any(len(word) > 4 for word in plain):
+    if not _CODE.fullmatch(text.strip("+#(")) or _NO_CODE.search(text) or any(len(word) > 3 for word in plain):
         return ""
     code = "".join(words)
     mixed = any(not word.isdigit() and not word.isalpha() for word in words) or bool(plain)
@@ -199,17 +205,16 @@ def same_range(question: str, gold: str, given: str) -> bool | None:
     if not matches[0] or not matches[1]:
         return None
     (a, b), (c, d) = ([read(match[1]), read(match[3])] for match in matches if match)
-    if not (a and b and c and d):
+    if not (a and b and c and d) or (_times(gold) and _times(given) and not _RATIO.search(question)):
         return None
     a, b, c, d = (one[0].value for one in (a, b, c, d))
     if (a, b) == (c, d):
         return True
-    ratio = re.search(r"\bratio\b", question, re.I)
-    return None if a * d == b * c or ((a, b) == (d, c) and not ratio) else False
+    return None if a * d == b * c or ((a, b) == (d, c) and not _RATIO.search(question)) else False
 
 
 def same_list(question: str, gold: str, given: str) -> bool | None:
-    """Lists of short names: the same ones in any order, unless the question asks for one; wrong if some are missing."""
+    """Lists of short names: the same in any order, unless the question asks for one; wrong if some are missing."""
     ours, theirs = _items(gold), _items(given)
     if len(ours) < 2 or not theirs:
         return None
@@ -219,11 +224,10 @@ def same_list(question: str, gold: str, given: str) -> bool | None:
         if _ORDER.search(question) or "→" in gold:
             return False
         return None if _PERHAPS_ORDER.search(question) or any(map(str.isdigit, gold)) else True
-    # "Paris, France" and "car, auto" are no lists of which all is wanted.
-    joined = " and " in gold or "&" in gold
-    missing = set(theirs) < set(ours) and not _ANY.search(question) and (joined or len(theirs) > 1)
-    more = set(theirs) > set(ours) and (joined or len(ours) > 2)
-    return False if missing or more else None
+    # "Paris, France", "car, auto" and "Bosnia and Herzegovina" are no lists of which all is wanted.
+    sure = _SEVERAL.search(question) or (" and " in gold and len(theirs) > 1)
+    missing, more = set(theirs) < set(ours) and not _ANY.search(question), set(theirs) > set(ours)
+    return False if sure and (missing or more) else None
 
 
 def _items(text: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Numbers with their unit, currency, percent sign or scale word: all readings of a text, compared exactly.
 
-What can be read in two ways ("5 m": metres or minutes) has several readings. Texts come from ``rule.clean``: lower
+What can be read in two ways ("5 m": metres or minutes) has several readings. Texts come from ``notation.clean``: lower
 case, one form per character, single spaces.
 """
 
@@ -20,7 +20,7 @@ length .0254 in inch inche inches|.3048 ft foot feet|.9144 yd yard|1609.344 mi m
 mass 1e-9 μg ug mcg microgram|1e-6 mg milligram|1e-3 g gr gram gramme|1 kg kilo kilogram|1000 t tonne metric_ton ton
 mass 907.18474 ton short_ton|.45359237 lb pound|.028349523125 oz ounce
 time 1e-6 μs microsecond|1e-3 ms millisecond|1 s sec second|60 min minute m|3600 h hr hour|86400 d day|604800 wk week
-calendar 1 month|12 y yr year year_old years_old|120 decade|1200 century centuries
+calendar 1 month|12 y yr year|120 decade|1200 century centuries
 temperature 1 k kelvin|1:273.15 °c c celsius degree_celsius degree_c|1:273.15 ° degree deg
 temperature 5/9:45967/180 °f f fahrenheit degree_fahrenheit degree_f|5/9:45967/180 ° degree deg
 angle 1 ° degree deg
@@ -33,7 +33,12 @@ speed 1 m/s meter_per_second metre_per_second|5/18 km/h kmh kph kilometer_per_ho
 speed .44704 mph mi/h mile_per_hour
 data 1 byte b|1000 kb kilobyte|1024 kb kib kilobyte|1e6 mb megabyte|1048576 mb mib megabyte
 data 1e9 gb gigabyte|1073741824 gb gib gigabyte|1e12 tb terabyte|1099511627776 tb tib terabyte
+current 1e-3 ma milliamp milliampere|1 a amp ampere
+voltage 1 v volt|1000 kv kilovolt
+power 1 w watt|1000 kw kilowatt
+frequency 1 hz hertz|1000 khz kilohertz|1e6 mhz megahertz|1e9 ghz gigahertz
 % 1 % percent per_cent pct
+π 1 π pi
 USD 1 $ usd us$ dollar us_dollar|.01 cent ¢
 EUR 1 € eur euro|.01 cent
 GBP 1 £ gbp pound quid|.01 pence penny
@@ -57,25 +62,38 @@ _TENS = {word: 10 * number for number, word in enumerate(_TEN_NAMES.split(), 2)}
 
 _MAX_CHARS = 80  # a longer text is no single number
 _ABOUT = re.compile(r"(?:about|approximately|approx\.?|around|roughly|circa|ca\.|~|≈) ?")
-_SPELLED = re.compile(r"([a-z]{2,9})(?:[- ]([a-z]{3,5}))?\b")
+_SPELLED = re.compile(r"(minus |negative )?([a-z]{2,9})(?:[- ]([a-z]{3,5}))?\b")
+_POWER = re.compile(r"(?<=\d) ?(?:[×x·*]|\\times|\\cdot) ?10\^\{?([-+]?\d{1,2})\}?(?!\d)")
+_FRACTION = re.compile(r"\\[dt]?frac\{(\d{1,9})\}\{(\d{1,9})\}")
 _QUANTITY = re.compile(
     r"(?P<sign>[-+]?) ?(?:(?P<money>[^\W\d_]{0,3}[$€£¥₹₩]|[^\W\d_]{2,4})\.? ?)?(?P<minus>[-+]?)"
     r"(?:(?P<whole>\d{1,9} )?(?P<top>\d{1,9}) ?/ ?(?P<bottom>\d{1,9})"
+    r"|(?P<comma>(?:\d{1,3}(?:[. ]\d{3})+|\d+),(?:\d{1,2}|\d{4,}))"  # 47,30 and 1.234,56
     r"|(?P<number>(?:\d{1,3}(?:[ ,]\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d{1,2})?|\.\d+))"
-    r"(?P<glue> ?-?)(?P<rest>(?!\d)[\w°%$€£¥₹₩¢][\w°%$€£¥₹₩ /^-]*)?"
+    r"(?P<glue> ?-?)(?P<rest>(?![\d,.])[\w°%$€£¥₹₩¢][\w°%$€£¥₹₩ ./^-]*)?"
 )
+_DOTTED = re.compile(r"[1-9]\d{0,2}\.\d{3}")  # 1.234 may be 1234 in German
 _NOUN = re.compile(r"[^\W\d_]{2,20}(?: [^\W\d_]{2,20}){0,2}")
 # Words that make of a number something else than so many of a thing.
 _CHANGES = """
-and or not no to of out per than from point more less fewer times plus minus squared am pm bc ad bce ce th st nd rd
-half halves third thirds quarter quarters fourths fifths tenths hundredths
+and or not no to of out per than from point more less fewer times plus minus squared cubed am pm bc ad bce ce th st nd
+rd half halves third thirds quarter quarters fourths fifths tenths hundredths
 """
 _NO_NOUN = {*_CHANGES.split(), *_WORDS, *_TENS, *_SCALES}
+# What may stand behind a unit and says only what is measured; "per" changes all but shares and money.
+_ADDED = re.compile(
+    r"off|discount|vol\.?|abv|by volume|alcohol|long|wide|tall|high|deep|thick|old|each|of age"
+    r"|(?:square |cubic )?units|in (?:total|all|length|width|height|weight|size)"
+    r"|of (?:the )?[^\W\d_]{2,20}(?: [^\W\d_]{2,20})?"
+    r"|(?P<rate>(?:per|a|each) (?:year|annum|month|week|day|person|piece|kg|kilo)|annually)"
+)
 
 _UNIT_WORD = r"((?:square |cubic )?[^\W\d_]{2,14}|[°%$€£¥][cf]?)"
 _ASKED = re.compile(rf"(?:\bhow many|\bnumber of|\bin|__|\(in) ?{_UNIT_WORD}|(?:__|\(in) ?([a-z])\b")
+_COUNT = re.compile(r"\bhow many\b|\bnumber of\b", re.I)
 _PERCENT = re.compile(r"%|\bpercent|\bper cent\b|\bpct\b", re.I)
 _SCALED = re.compile(r"\b(?:thousand|million|billion|trillion)s?\b", re.I)
+_DATE = re.compile(r"\b(?:dates?|days?|when)\b", re.I)
 VAGUE = re.compile(
     r"\b(?:about|approx|approximate|approximately|estimated?|roughly|around|nearly|almost|closest)\b|[~≈]", re.I
 )
@@ -96,12 +114,20 @@ class Unit:
 
 @dataclass(frozen=True)
 class Quantity:
-    """One reading of a number. ``step`` is what one more in the last written digit adds; 0 for a fraction."""
+    """One reading of a number.
+
+    ``step`` is what one more in the last written digit adds, 0 for a fraction; ``scale`` what a word such as "million"
+    stands for; ``added`` what follows the unit, such as "off"; ``dotted`` if a point may separate thousands; ``tight``
+    if the unit is one letter right behind the number, as in 12A, which may be no unit at all.
+    """
 
     value: Fraction
     step: Fraction
     unit: Unit
-    scaled: bool = False  # by a word such as "million"
+    scale: int = 1
+    added: str = ""
+    dotted: bool = False
+    tight: bool = False
 
     def within(self, unit: Unit) -> Quantity:
         """The same amount in another unit of its dimension."""
@@ -129,27 +155,36 @@ _BARE = Unit("", "")
 
 def read(text: str) -> list[Quantity]:
     """All readings of a cleaned text that is one number, with or without a unit; empty if it is anything else."""
-    match = _QUANTITY.fullmatch(_digits(text)) if len(text) <= _MAX_CHARS else None
-    if match is None or (match["sign"] and match["minus"]) or not int(match["bottom"] or 1):
+    if len(text) > _MAX_CHARS:
         return []
-    if match["number"]:
-        written = re.sub("[ ,]", "", match["number"])
+    text = _digits(_FRACTION.sub(r"\1/\2", _POWER.sub(r"e\1", text.replace("\\pi", "π"))))
+    match = _QUANTITY.fullmatch(text)
+    return (_readings(match) if match else []) or _read_sum(text)
+
+
+def _readings(match: re.Match[str]) -> list[Quantity]:
+    rest, money = (match["rest"] or "").strip(" ."), _currencies(match["money"] or "")
+    if (match["money"] and not money) or (match["sign"] and match["minus"]) or not int(match["bottom"] or 1):
+        return []
+    if rest == "s" and not match["glue"] and match[0].endswith("0s"):  # the 1980s
+        return []
+    if match["top"]:
+        value, step = int(match["whole"] or 0) + Fraction(int(match["top"]), int(match["bottom"])), Fraction(0)
+    else:
+        comma = match["comma"]
+        written = re.sub("[. ]", "", comma).replace(",", ".") if comma else re.sub("[ ,]", "", match["number"])
         digits, _, exponent = written.partition("e")
         value, step = Fraction(written), Fraction(10) ** (int(exponent or 0) - len(digits.partition(".")[2]))
-    else:
-        value, step = int(match["whole"] or 0) + Fraction(int(match["top"]), int(match["bottom"])), Fraction(0)
-    value = -value if "-" in (match["sign"], match["minus"]) else value
-    rest, money = (match["rest"] or "").strip(), _currencies(match["money"] or "")
-    if (match["money"] and not money) or (rest == "s" and not match["glue"] and text.endswith("0s")):  # the 1980s
-        return []
-    readings = [Quantity(value, step, unit) for unit in _units(rest, money)]
-    word, _, unit_text = rest.partition(" ")
-    scale = _SCALES.get(word, 0)
-    units = _units(unit_text, money)
-    if (
-        len(word) > 1 or money or not match["glue"] or any(unit.dimension.isupper() for unit in units)
-    ):  # "5 m" is no 5m
-        readings += [Quantity(value * scale, step * scale, unit, True) for unit in units if scale]
+    one = Quantity(-value if "-" in (match["sign"], match["minus"]) else value, step, _BARE)
+    tight = not match["glue"] and len(rest) == 1 and rest.isalpha()
+    one = replace(one, dotted=bool(_DOTTED.fullmatch(match["number"] or "")), tight=tight)
+    units = [found for found in _units(rest, money) if found[0].dimension != "?" or "-" not in match["glue"]]  # 1-way
+    readings = [replace(one, unit=unit, added=added) for unit, added in units]
+    word, _, behind = rest.partition(" ")
+    if scale := _SCALES.get(word):
+        for unit, added in _units(behind, money):
+            if len(word) > 1 or not match["glue"] or unit.dimension.isupper():  # "5 m" is not 5m, "$5 m" is
+                readings.append(Quantity(one.value * scale, step * scale, unit, scale, added))
     return readings
 
 
@@ -163,18 +198,31 @@ def compare(question: str, golds: Iterable[Quantity], givens: Iterable[Quantity]
 
 
 def _digits(text: str) -> str:
-    """The text with a leading number word in digits and without "about"."""
+    """The text without "about" and with a leading number word in digits."""
     text = _ABOUT.sub("", text, count=1) if _ABOUT.match(text) else text
+    text = re.sub(r"^(?:minus|negative) (?=[\d.])", "-", text)
     text = re.sub(r"^an? (?=hundred|thousand|million|billion|dozen)", "1 ", text)
     match = _SPELLED.match(text)
-    if match and match[1] in _TENS:
-        one = _WORDS.get(match[2] or "", 0)
-        return (
-            f"{_TENS[match[1]] + one}{text[match.end(2) :]}"
-            if 0 < one < 10
-            else f"{_TENS[match[1]]}{text[match.end(1) :]}"
-        )
-    return f"{_WORDS[match[1]]}{text[match.end(1) :]}" if match and match[1] in _WORDS else text
+    if match is None or match[2] not in {**_WORDS, **_TENS}:
+        return text
+    sign, first, second = "-" if match[1] else "", match[2], _WORDS.get(match[3] or "", 0)
+    if first in _TENS and 0 < second < 10:
+        return f"{sign}{_TENS[first] + second}{text[match.end(3) :]}"
+    return f"{sign}{_TENS.get(first, _WORDS.get(first))}{text[match.end(2) :]}"
+
+
+def _read_sum(text: str) -> list[Quantity]:
+    """Readings of "1 h 30 min" and "5 feet, 10 inches" as one amount in the first unit."""
+    parts = re.split(r"(?:, | and | )(?=\d)", text)
+    first, second = map(read, parts) if len(parts) == 2 else ([], [])
+    sums = []
+    for large in first:
+        for small in second:
+            known = large.unit.dimension in ("length", "mass", "time", "calendar", "angle", "USD", "EUR", "GBP")
+            if known and large.unit.dimension == small.unit.dimension and large.unit.factor > small.unit.factor:
+                part = small.within(large.unit)
+                sums.append(replace(large, value=large.value + part.value, step=part.step))
+    return sums
 
 
 def _named(name: str) -> list[Unit]:
@@ -186,27 +234,33 @@ def _currencies(name: str) -> list[Unit]:
     return [unit for unit in _named(name) if unit.dimension.isupper()]
 
 
-def _units(rest: str, money: list[Unit]) -> list[Unit]:
-    """What the words behind a number can mean; a currency in front of it admits the same one only."""
+def _units(rest: str, money: list[Unit]) -> list[tuple[Unit, str]]:
+    """What the words behind a number can mean, with what is added; a currency before it admits no other unit."""
     if not rest:
-        return money or [_BARE]
-    found = _named(rest)
-    if money:
-        return [unit for unit in money if unit in found]
-    words = rest.split()
-    if not found and _NOUN.fullmatch(rest) and _NO_NOUN.isdisjoint(words):
-        return [Unit("?", " ".join(map(_singular, words)))]
-    return found
+        return [(unit, "") for unit in money] or [(_BARE, "")]
+    words = rest.split(" ")
+    for count in range(len(words), -1, -1):
+        unit_name, added = " ".join(words[:count]), " ".join(words[count:])
+        found = [unit for unit in _named(unit_name) if not money or unit in money] if count else money or [_BARE]
+        match = _ADDED.fullmatch(added)
+        if found and (not added or match):
+            rated = match and match["rate"]
+            rates = [unit for unit in found if unit.dimension.isupper() or unit.dimension == "%"]
+            return [(unit, added) for unit in (rates if rated else found) if unit.dimension or words[0] != "of"]
+    if not money and _NOUN.fullmatch(rest) and _NO_NOUN.isdisjoint(words):
+        return [(Unit("?", " ".join(map(singular, words))), "")]
+    return []
 
 
-def _singular(word: str) -> str:
+def singular(word: str) -> str:
+    """The word without a plural "s"."""
     return word[:-1] if word.endswith("s") and len(word) > 3 else word
 
 
 @lru_cache(maxsize=1024)
 def _asked(question: str) -> list[Unit]:
     """The unit that the question wants ("how many cm", "in metres", "___ kg"), in all readings; empty if unclear."""
-    names = {_singular(match[1] or match[2]) for match in _ASKED.finditer(question.casefold())}
+    names = {singular(match[1] or match[2]) for match in _ASKED.finditer(question.casefold())}
     found = [units for units in map(_named, names) if units]
     return found[0] if len({units[0].name for units in found}) == 1 else []
 
@@ -217,11 +271,12 @@ def _compare(question: str, gold: Quantity, given: Quantity, tolerance: Fraction
     if len(dimensions) == 1 and (ours.dimension != "?" or ours.name == theirs.name):
         same = _same(question, gold, given.within(ours), tolerance)
         asked = {unit.name for unit in _asked(question) if unit.dimension == ours.dimension}
-        # "How many minutes are 2 hours?" is not answered by "2 hours".
-        return None if same and ours.name != theirs.name and asked and theirs.name not in asked else same
+        # "How many minutes are 2 hours?" is not answered by "2 hours", and 5 g of salt are not 5 g of sugar.
+        restated = ours.name != theirs.name and asked and theirs.name not in asked
+        return None if same and (restated or (gold.added and given.added and gold.added != given.added)) else same
     if "" in dimensions:
         return _compare_bare(question, gold, given, tolerance)
-    return None if "?" in dimensions or dimensions == {"time", "calendar"} else False
+    return None if dimensions & {"?", "π"} or dimensions == {"time", "calendar"} else False
 
 
 def _compare_bare(question: str, gold: Quantity, given: Quantity, tolerance: Fraction) -> bool | None:
@@ -235,10 +290,10 @@ def _compare_bare(question: str, gold: Quantity, given: Quantity, tolerance: Fra
         return _same(question, bare, given, tolerance) if bare_gold else _same(question, gold, bare, tolerance)
 
     plain = same(unit)
+    if unit.dimension == "π":
+        return None
     if unit.dimension == "?":
-        mentioned = unit.name.split()[-1] in {
-            _singular(word) for word in re.findall(r"[^\W\d_]+", question.casefold())
-        }
+        mentioned = unit.name.split()[-1] in map(singular, re.findall(r"[^\W\d_]+", question.casefold()))
         return plain if mentioned or (plain and not bare_gold) else None
     if unit.dimension == "%":
         share = same(unit, 100)
@@ -246,6 +301,10 @@ def _compare_bare(question: str, gold: Quantity, given: Quantity, tolerance: Fra
             return True
         return False if share is False and plain is False else None
     asked = [one for one in _asked(question) if one.dimension == unit.dimension]
+    if plain and (gold.tight or given.tight):
+        return None
+    if plain and bare_gold and not asked and (_asked(question) or _COUNT.search(question)):
+        return None  # 12 mm are no number of windows, and 5 dollars no number of euros
     if asked and unit.name not in {one.name for one in asked}:
         converted = same(asked[0])
         unclear = converted if bare_gold else converted is False and plain
@@ -267,13 +326,17 @@ def _same(question: str, gold: Quantity, given: Quantity, tolerance: Fraction) -
         return True
     if apart <= max(gold.step, given.step) / 2 or (VAGUE.search(question) and apart < _VAGUE_SHARE * larger):
         return None
-    if (ours == -theirs and _SIGNLESS.search(question)) or ours * theirs == 1 and not gold.step and not given.step:
-        return None  # "dropped by": 5 or -5; 3/4 and 4/3 may be dates
+    if ours == -theirs and _SIGNLESS.search(question):  # "dropped by": 5 or -5
+        return None
     if ours and theirs:
         ratio = max(ours / theirs, theirs / ours)
-        thousands = ratio in (10**3, 10**6, 10**9)  # 1.234 may be 1234 in German, and 1.2 may stand for millions
-        if thousands and (gold.scaled != given.scaled or Fraction(1, 1000) in (gold.step, given.step)):
+        thousands = ratio in (10**3, 10**6, 10**9)
+        # 1.2 on an axis in millions
+        unsaid = 1 in (gold.scale, given.scale) and ours / gold.scale == theirs / given.scale
+        if unsaid or (ratio == 1000 and gold.dotted != given.dotted) or (thousands and _SCALED.search(question)):
             return None
-        if (thousands and _SCALED.search(question)) or (ratio == 100 and _PERCENT.search(question)):
+        if ratio == 100 and not gold.unit.dimension and not given.unit.dimension and _PERCENT.search(question):
+            return None
+        if ours * theirs == 1 and not gold.step and not given.step and _DATE.search(question):  # 3/4 and 4/3
             return None
     return False
