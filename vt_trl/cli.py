@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from vt_trl import __version__
-from vt_trl.errors import ConfigError, DataError
+from vt_trl.errors import CheckpointError, ConfigError, DataError, JudgeOutage, SamplingShortfall
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,7 +45,10 @@ def _judge_agreement(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; ``vt-trl RECIPE.yaml`` is short for ``vt-trl train RECIPE.yaml``. Returns the exit status."""
+    """Run a command; ``vt-trl RECIPE.yaml`` is short for ``vt-trl train RECIPE.yaml``. Returns the exit status.
+
+    0: done; 1: the run had to stop; 2: settings or data that cannot work; 143: ended in order by SIGTERM.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv.insert(0, "train")
@@ -53,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(argv)
     try:
         if options.command == "train":
+            from vt_trl.resume import TERMINATED
             from vt_trl.run import train
 
-            train(options.recipe, overrides)
+            return TERMINATED if train(options.recipe, overrides).end_in_order.asked else 0
         elif options.command == "play":
             from vt_trl.play import play
 
@@ -64,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(overrides)}")
         elif options.command == "judge-agreement":
             _judge_agreement(options)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError) as error:  # the user's to mend before anything can start
         print(f"vt-trl: {error}", file=sys.stderr)
         return 2
+    except (CheckpointError, JudgeOutage, SamplingShortfall) as error:  # the run's, which can be resumed
+        print(f"vt-trl: {error}", file=sys.stderr)
+        return 1
     return 0

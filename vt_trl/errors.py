@@ -40,3 +40,7 @@ class JudgeOutage(RuntimeError):
 
 class SamplingShortfall(RuntimeError):
     """Dynamic sampling did not find enough groups that teach something, and was told to stop then."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written. The message names the last complete one and what to do."""

@@ -29,9 +29,9 @@ def train(recipe: str | Path, overrides: Sequence[str] = (), **trainer_arguments
     """
     run, args = parse_recipe(recipe, overrides)
     trainer = make_trainer(run, args, **trainer_arguments)
-    resume = args.resume_from_checkpoint
-    # On the command line it is a text, and "true" means the newest checkpoint, not a folder of that name.
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.end_in_order.asked:
+        return trainer  # there may be seconds left: the checkpoint is saved, and that is enough
     if args.eval_strategy != "no" or run.eval_dataset:
         trainer.evaluate()
     trainer.save_model(args.output_dir)

@@ -40,6 +40,7 @@ from vt_trl.metrics import RolloutRecord, mean
 from vt_trl.packing import pack
 from vt_trl.passes import add_logprobs
 from vt_trl.recorder import Recorder
+from vt_trl.resume import EndInOrder, ResumableTrainer
 from vt_trl.rewards import make_rewards
 from vt_trl.rollout import Limits, RolloutRunner
 from vt_trl.token_ban import ban_tokens
@@ -52,7 +53,7 @@ PHASES = [f"time/{name}_seconds" for name in ("rollout", "logprob", "score")]
 PER_SEQUENCE_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
 
 
-class VTGRPOTrainer(GRPOTrainer):
+class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
     """GRPO over multi-turn episodes with pictures.
 
     Args:
@@ -95,6 +96,8 @@ class VTGRPOTrainer(GRPOTrainer):
         self.correct_column = self._find_correctness(args)
         self.recorder = Recorder(self.accelerator, self.reward_func_names)
         self.refiller = Refiller(self)
+        self.end_in_order = EndInOrder(self)
+        self.add_callback(self.end_in_order)
         self._open_judges()
         self.last_rollouts: list[Rollout] = []
         self._setup_tokens()
