@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -166,52 +167,63 @@ def figures(out: Path) -> dict[int, list[dict[str, Any]]]:
     return tries
 
 
+@dataclass
+class Tally:
+    """What the killed runs came to, all of them together."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    resumed: int = 0
+    from_nothing: int = 0  # killed before there was a checkpoint to resume from
+    steps_compared: int = 0
+    mismatches: int = 0
+
+    def add_run(self, alone: Path, killed: Path) -> None:
+        """Compare a run that has come to its end, every try at every step, with the one left alone."""
+        expected, found = figures(alone), figures(killed)
+        starts = [int(line) for line in (killed / "starts.txt").read_text(encoding="utf-8").split()]
+        self.runs += 1
+        self.resumed += sum(step > 0 for step in starts)
+        self.from_nothing += starts.count(0) - 1
+        for step, (right, *_) in expected.items():
+            tries = found.get(step, [{}])  # a step that nobody wrote down is a mismatch as well
+            self.steps_compared += len(tries)
+            self.mismatches += sum(one != right for one in tries)
+        self.mismatches += (alone / "weights.txt").read_text() != (killed / "weights.txt").read_text()
+
+
 def measure(kills: int, steps: int, seed: int, folder: Path) -> dict[str, Any]:
-    """The undisturbed run, the killed one, and how they compare."""
+    """One undisturbed run, and killed ones until there have been ``kills``; and how they compare."""
     random.seed(seed)
     model = build_tiny(folder / "model", hidden_size=64)
     rows = make_dataset(64, 0.5, seed)
     alone, killed = folder / "alone", folder / "killed"
-    for out in (alone, killed):
-        out.mkdir(parents=True)
+    alone.mkdir(parents=True)
     began = time.perf_counter()
     run_in_child(lambda pipe: train(model, rows, alone, steps, pipe), None, 0.0)
     seconds = time.perf_counter() - began
-    done: Counter[str] = Counter()
-    restarts = resumed = anew = 0
-    while sum(done.values()) < kills:
-        victim = PHASES[sum(done.values()) % len(PHASES)]
+    tally = Tally()
+    while tally.kills.total() < kills or killed.exists():
+        killed.mkdir(exist_ok=True)
+        spared = tally.kills.total() >= kills
+        victim = None if spared else PHASES[tally.kills.total() % len(PHASES)]
         delay = random.random() * (0.02 if victim == "saving" else 0.1)
         if run_in_child(lambda pipe: train(model, rows, killed, steps, pipe), victim, delay):
-            done[victim] += 1
-        elif sum(done.values()) < kills:  # it came to its end first: begin another run, to be killed as well
-            _check_end(alone, killed)
-            starts = [int(line) for line in (killed / "starts.txt").read_text(encoding="utf-8").split()]
-            resumed, anew = resumed + sum(step > 0 for step in starts), anew + starts.count(0) - 1
+            tally.kills[victim] += 1
+        else:  # it came to its end
+            tally.add_run(alone, killed)
             shutil.rmtree(killed)
-            killed.mkdir()
-            restarts += 1
-    run_in_child(lambda pipe: train(model, rows, killed, steps, pipe), None, 0.0)
-    expected, found = figures(alone), figures(killed)
-    starts = [int(line) for line in (killed / "starts.txt").read_text(encoding="utf-8").split()]
-    wrong = [step for step in expected if any(one != expected[step][0] for one in found.get(step, [None]))]
-    same_weights = (alone / "weights.txt").read_text() == (killed / "weights.txt").read_text()
     return {
-        "kills": sum(done.values()),
-        "kills_by_phase": dict(done),
-        "resumed": resumed + sum(step > 0 for step in starts),
-        "killed_before_the_first_checkpoint": anew + starts.count(0) - 1,
-        "mismatches": len(wrong) + (not same_weights),
+        "kills": tally.kills.total(),
+        "kills_by_phase": dict(tally.kills),
+        "resumed": tally.resumed,
+        "killed_before_the_first_checkpoint": tally.from_nothing,
+        "mismatches": tally.mismatches,
         "steps": steps,
-        "steps_compared": sum(len(found.get(step, [])) for step in expected),
-        "runs_that_ended_first": restarts,
+        "steps_compared": tally.steps_compared,
+        "killed_runs": tally.runs,
         "seconds_undisturbed": round(seconds, 1),
     }
-
-
-def _check_end(alone: Path, killed: Path) -> None:
-    if (alone / "weights.txt").read_text() != (killed / "weights.txt").read_text():
-        raise RuntimeError("a run that was killed and resumed ended with other weights")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -112,6 +112,7 @@ DATES = [
     (VALUE, "25/12/18", [], ["2018-12-24"], ["2018-12-25"]),
     (VALUE, "Mar 2021", ["March 2021"], ["April 2021"], ["2021", "2021-03-05"]),
     (VALUE, "Monday", ["Mon"], ["Sunday"], ["weekend"]),
+    (VALUE, "Thursday, 14 June", ["14 June", "Thu 14 June"], ["Tuesday, 14 June", "Thursday, 15 June"], []),
     (VALUE, "15:30", ["3:30 pm", "3:30 P.M."], ["15:45", "3:30 am", "noon"], ["3:30"]),
     (VALUE, "noon", ["12 pm", "12:00 pm"], ["12 am", "midnight"], ["12:00"]),
 ]  # fmt: skip

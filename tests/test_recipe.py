@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -215,8 +216,8 @@ def test_a_file_that_is_no_recipe(tmp_path, text, words):
 
 
 def test_a_recipe_alone_means_train(monkeypatch):
-    calls = []
-    monkeypatch.setattr(run, "train", lambda recipe, overrides: calls.append((recipe, overrides)))
+    calls, ended = [], SimpleNamespace(end_in_order=SimpleNamespace(asked=False))
+    monkeypatch.setattr(run, "train", lambda recipe, overrides: calls.append((recipe, overrides)) or ended)
     assert cli.main(["x.yaml", "--max_steps", "3"]) == 0
     assert cli.main(["train", "y.yml"]) == 0
     assert calls == [("x.yaml", ["--max_steps", "3"]), ("y.yml", [])]

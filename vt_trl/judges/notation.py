@@ -91,6 +91,9 @@ def same_date(question: str, gold: str, given: str) -> bool | None:
     dates = _dates(gold), _dates(given)
     if not all(dates):
         return None
+    named = [set(day[:3] for day in re.findall(rf"\b(?:{_DAYS})\b", text)) for text in (gold, given)]
+    if all(named) and named[0] != named[1]:  # Thursday, 14 June is not Tuesday, 14 June
+        return False
     if dates[0] == dates[1] and len(dates[0]) == 1:
         return True
     fits = (all(a == b or None in (a, b) for a, b in zip(x, y, strict=True)) for x in dates[0] for y in dates[1])
