@@ -9,6 +9,7 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from vt_trl.alarm import ACTIONS, check_bands
 from vt_trl.envs import make_environment
 from vt_trl.errors import ConfigError
 from vt_trl.rewards import PENALTIES, make_rewards
@@ -30,6 +31,7 @@ _CHOICES = {
     "dynamic_sampling": ("off", "drop", "refill"),
     "dynamic_sampling_surplus": ("keep", "drop"),
     "dynamic_sampling_shortfall": ("fewer", "stop"),
+    "alarm_action": ACTIONS,
 }
 
 
@@ -41,7 +43,7 @@ class VTGRPOConfig(GRPOConfig):
     number to change.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["environment_args", "judge_args"]
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["environment_args", "judge_args", "alarm_bands"]
 
     environment: str = field(
         default="resize", metadata={"help": "Environment: `resize`, `direct`, or `module:Class` of your own."}
@@ -103,6 +105,16 @@ class VTGRPOConfig(GRPOConfig):
     dynamic_sampling_shortfall: str = field(
         default="fewer", metadata={"help": "Refill, at the limit: go on with fewer groups, or stop."}
     )
+    alarm_action: str = field(
+        default="warn",
+        metadata={"help": "When a figure stays outside its band: off, warn, stop, or theta (moves penalty_theta)."},
+    )
+    alarm_bands: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Bands by figure; default request_rate 0.02-0.98, accuracy 0.02-, entropy 0.005-."},
+    )
+    alarm_patience: int = field(default=20, metadata={"help": "Logs in a row outside a band until the alarm acts."})
+    alarm_theta_step: float = field(default=0.02, metadata={"help": "alarm_action: theta moves it by this much."})
     max_turn_tokens: int | None = field(
         default=None, metadata={"help": "Sampled tokens per turn at most; default max_completion_length."}
     )
@@ -129,7 +141,7 @@ class VTGRPOConfig(GRPOConfig):
             raise
         self._check_unsupported()
         self._check_episode()
-        self._check_sampling()
+        self._check_course()
         self._check_judge()
         self._check_rewards()
         self._check_whole_groups()
@@ -174,7 +186,7 @@ class VTGRPOConfig(GRPOConfig):
             )
         make_environment(self.environment, self.environment_args)
 
-    def _check_sampling(self) -> None:
+    def _check_course(self) -> None:
         if self.dynamic_sampling is False:  # YAML reads off as a truth value
             self.dynamic_sampling = "off"
         for name, allowed in _CHOICES.items():
@@ -182,6 +194,9 @@ class VTGRPOConfig(GRPOConfig):
                 near = difflib.get_close_matches(str(getattr(self, name)), allowed, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"{name} is {getattr(self, name)!r}.{hint} Use {' or '.join(allowed)}.")
+        check_bands(self.alarm_bands)
+        if self.alarm_patience < 1:
+            raise ConfigError(f"alarm_patience is {self.alarm_patience}; it must be 1 or more.")
         if self.dynamic_sampling_rounds < 1:
             raise ConfigError(f"dynamic_sampling_rounds is {self.dynamic_sampling_rounds}; it must be 1 or more.")
         if self.dynamic_sampling != "off" and self.num_generations < 2:

@@ -7,6 +7,7 @@ with this mixin saves them too, writes checkpoints whole or not at all, and ends
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 TERMINATED = 143  # exit status of a run that SIGTERM ended: 128 + 15
 _BUFFER = "vt_trl_rollouts_{rank}.pt"
+_STATE = "vt_trl_state.json"
 
 
 class ResumableTrainer:
@@ -79,6 +81,8 @@ class ResumableTrainer:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self._name_best(staged)
+            own = {"alarm": dataclasses.asdict(self.alarm.state)}
+            (staged / _STATE).write_text(json.dumps(own) + "\n", encoding="utf-8")
             put_in_place(self.args.output_dir, name)
             rotate(self.args.output_dir, self.args.save_total_limit, [self.state.best_model_checkpoint])
         self.accelerator.wait_for_everyone()
@@ -103,6 +107,9 @@ class ResumableTrainer:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        own = Path(checkpoint) / _STATE
+        if own.is_file():
+            self.alarm.restore(json.loads(own.read_text(encoding="utf-8"))["alarm"])
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
         self._step = state["global_step"] * self.args.gradient_accumulation_steps
         path = Path(checkpoint) / _BUFFER.format(rank=self.accelerator.process_index)

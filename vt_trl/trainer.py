@@ -26,6 +26,7 @@ from torch import nn
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 
+from vt_trl.alarm import CollapseAlarm
 from vt_trl.chat import ChatEncoder
 from vt_trl.config import VTGRPOConfig
 from vt_trl.data import episode_row
@@ -102,6 +103,8 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
         self.last_rollouts: list[Rollout] = []
         self._setup_tokens()
         self._setup_rollouts(args, environment, backend, use_vllm)
+        self.alarm = CollapseAlarm(self, args, has_tool=self.runner.environment().max_turns > 1)
+        self.add_callback(self.alarm)
 
     def _find_correctness(self, args: VTGRPOConfig) -> int:
         if args.correctness_reward in self.reward_func_names:
