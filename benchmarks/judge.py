@@ -1,16 +1,17 @@
 """What judging early and asking once saves: ``python -m benchmarks.judge [--json FILE]``.
 
-Replays a recorded training step (:mod:`benchmarks.record_step`) in real time, twice, against a real HTTP server on
-loopback with a given latency, through :class:`~vt_trl.judges.openai.OpenAIJudge` with the same concurrency:
+Replays a recorded training step (:mod:`benchmarks.record_step`) in real time against a real HTTP server on loopback
+with a given latency, through :class:`~vt_trl.judges.openai.OpenAIJudge`, with the same concurrency either way:
 
 - ours: each rollout goes to ``start`` of the judge's reward at the second at which it ended, as in the trainer; after
   the log-probability passes the reward is called. The wait is how much later than these phases the scores are there.
 - naive: one call per completion that has an answer, all after generation. Nothing happens during generation and
   update, so they are not slept through. The wait is the time until all calls are answered.
 
-The share of a step is wait / (generation + passes + update + wait), with the recorded seconds of the phases. Verdicts
-are kept in fresh memory only. The replay sleeps where a trainer computes, so processor time that judging takes from
-the training process is not in the wait; it is measured on its own (``cpu_seconds``, the server's part included).
+The share of a step is wait / (generation + passes + update + wait), with the recorded seconds of the phases. How much
+of the wait hides behind them depends on how long they are, so ours is replayed for a faster step as well. Verdicts are
+kept in fresh memory only. The replay sleeps where a trainer computes: processor time that judging takes from the
+training process is not in the wait, and is measured on its own (``cpu_seconds``, the server's part included).
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +43,17 @@ from vt_trl.judges.reward import AsyncJudgeReward
 from vt_trl.types import Rollout, RolloutStatus, Turn
 
 WORKLOAD = Path(__file__).parent / "workloads" / "reading_step.jsonl.gz"
+_FAST = 4  # how many times as fast
+_FIGURES = (  # label, key of ours, key of naive, how it is written
+    ("calls made", "calls_made", "calls_naive", "{}"),
+    ("calls needed", "calls_needed", "calls_needed", "{}"),
+    ("share of the step spent waiting", "wait_share", "wait_share_naive", "{:.1%}"),
+    ("seconds waited", "wait_seconds", "wait_seconds_naive", "{:.1f}"),
+    (f"share, were the step {_FAST} times as fast", "wait_share_fast", "wait_share_fast_naive", "{:.1%}"),
+    (f"seconds, were the step {_FAST} times as fast", "wait_seconds_fast", "wait_seconds_naive", "{:.1f}"),
+    ("most requests in flight", "in_flight_max", "in_flight_max_naive", "{}"),
+    ("processor seconds, server included", "cpu_seconds", "cpu_seconds_naive", "{:.1f}"),
+)
 
 
 @dataclass(frozen=True)
@@ -89,16 +103,14 @@ class Replay:
 
 
 def read_workload(path: Path, count: int | None = None) -> tuple[dict[str, Any], list[Completion]]:
-    """Header and completions of a recorded step, or its first ``count``. Raises ValueError for a torn group."""
+    """Header and completions of a recorded step, or its first ``count``, which must be whole groups."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         header = json.loads(next(lines))
         completions = [Completion(**json.loads(line)) for line in lines]
-    group = header["settings"]["num_generations"]
-    count = len(completions) if count is None else count
-    if not 0 < count <= len(completions) or count % group:
-        raise ValueError(
-            f"{path.name} has {len(completions)} completions in groups of {group}, {count} were asked for"
-        )
+    group, total = header["settings"]["num_generations"], len(completions)
+    count = total if count is None else count
+    if not 0 < count <= total or count % group:
+        raise SystemExit(f"{path.name} holds {total} completions in groups of {group}: {count} cannot be taken.")
     return header, completions[:count]
 
 
@@ -122,8 +134,7 @@ def replay_ours(completions: Sequence[Completion], phases: dict[str, float], spe
     async def ask(reward: AsyncJudgeReward) -> list[float | None]:
         return await reward(**columns)
 
-    with _Asked(**server) as asked:
-        reward = AsyncJudgeReward(asked.judge)
+    with _Asked(**server) as asked, closing(AsyncJudgeReward(asked.judge)) as reward:
         reward.open()
         cpu, began = time.process_time(), time.perf_counter()
         for index in order:
@@ -133,7 +144,6 @@ def replay_ours(completions: Sequence[Completion], phases: dict[str, float], spe
         _sleep_until(due)
         scores = asyncio.run(ask(reward))
         wait, cpu = time.perf_counter() - due, time.process_time() - cpu
-        reward.close()
     return Replay(scores, wait, cpu, asked.calls, asked.in_flight_max)
 
 
@@ -147,7 +157,6 @@ def replay_naive(completions: Sequence[Completion], **server: Any) -> Replay:
         return [one.score for one in judgements]
 
     with _Asked(**server) as asked:
-        asked.judge.open()
         cpu, began = time.process_time(), time.perf_counter()
         said = iter(asyncio.run(ask(asked.judge)))
         wait, cpu = time.perf_counter() - began, time.process_time() - cpu
@@ -163,8 +172,9 @@ class _Asked:
 
     def __enter__(self) -> _Asked:
         self._server.__enter__()
-        os.environ.setdefault("OPENAI_API_KEY", "none")  # the client refuses to start without one
         self.judge = OpenAIJudge(base_url=self._server.base_url, concurrency=self._concurrency)
+        with patch.dict(os.environ, OPENAI_API_KEY="none"):  # the client wants one, and a real one is not needed
+            self.judge.open()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -179,18 +189,21 @@ def _sleep_until(moment: float) -> None:
 
 
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
-    """Both replays and everything that is reported about them."""
+    """The replays and everything that is reported about them."""
     from demos.reading.stages import provenance
 
     header, completions = read_workload(options.workload, options.completions)
     server = {"latency": options.latency, "concurrency": options.concurrency}
     ours = replay_ours(completions, header["phases"], options.speed, **server)
+    fast = replay_ours(completions, header["phases"], options.speed * _FAST, **server)
     naive = replay_naive(completions, **server)
-    if ours.scores != naive.scores or None in ours.scores:
-        raise RuntimeError("The two ways to judge gave different scores, or a call failed: nothing was measured.")
+    if not ours.scores == fast.scores == naive.scores or None in ours.scores:
+        raise RuntimeError("The ways to judge gave different scores, or a call failed: nothing was measured.")
     phases = {name: seconds / options.speed for name, seconds in header["phases"].items()}
+    shorter = {name: seconds / _FAST for name, seconds in phases.items()}
     facts = provenance()
     facts["versions"] |= {"openai": version("openai")}
+    origin = ("settings", "command", "machine", "versions", "date")
     return {
         "calls_made": ours.calls,
         "calls_needed": calls_needed(completions),
@@ -199,6 +212,9 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "wait_share_naive": round(naive.wait_share(phases), 4),
         "wait_seconds": round(ours.wait_seconds, 2),
         "wait_seconds_naive": round(naive.wait_seconds, 2),
+        "wait_share_fast": round(fast.wait_share(shorter), 4),
+        "wait_share_fast_naive": round(naive.wait_share(shorter), 4),
+        "wait_seconds_fast": round(fast.wait_seconds, 2),
         "in_flight_max": ours.in_flight_max,
         "in_flight_max_naive": naive.in_flight_max,
         "cpu_seconds": round(ours.cpu_seconds, 2),
@@ -210,27 +226,22 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "concurrency": options.concurrency,
         "speed": options.speed,
         "phases": phases,
-        "workload": {
-            "file": options.workload.name,
-            **{k: v for k, v in header.items() if k not in ("note", "phases")},
-        },
+        "workload": {"file": options.workload.name, **{name: header[name] for name in origin}},
         "command": command,
         **facts,
     }
 
 
+def figures(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What is shown of a report, on the screen and in benchmarks/README.md: label, ours, naive."""
+    return [(label, text.format(report[ours]), text.format(report[naive])) for label, ours, naive, text in _FIGURES]
+
+
 def print_report(report: dict[str, Any]) -> None:
     title = f"{report['completions']} completions, {report['latency']} s latency, {report['concurrency']} at a time"
     table = Table("", "vt_trl", "one call per completion", title=title)
-    table.add_row("calls made", str(report["calls_made"]), str(report["calls_naive"]))
-    table.add_row("calls needed", str(report["calls_needed"]), str(report["calls_needed"]))
-    for label, key, text in (
-        ("share of the step spent waiting", "wait_share", "{:.1%}"),
-        ("seconds waited", "wait_seconds", "{:.1f}"),
-        ("most requests in flight", "in_flight_max", "{}"),
-        ("processor seconds, server included", "cpu_seconds", "{:.1f}"),
-    ):
-        table.add_row(label, text.format(report[key]), text.format(report[f"{key}_naive"]))
+    for row in figures(report):
+        table.add_row(*row)
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["phases"].items())
     Console().print(table, f"The step without judging: {phases}.", highlight=False)
 
@@ -241,7 +252,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--latency", type=float, default=1.0, help="mean seconds of the server")
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument(
-        "--completions", type=int, default=8192, help="the first so many, for a quick look: phases stay the step's"
+        "--completions", type=int, default=None, help="only the first so many, as a test; phases stay the whole step's"
     )
     parser.add_argument("--speed", type=float, default=1.0, help="divides the recorded seconds, not the latency")
     parser.add_argument("--json", type=Path, default=None, help="write the report there")

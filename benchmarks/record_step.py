@@ -2,8 +2,8 @@
 
 A tiny Qwen2.5-VL is warm-started for too few steps, so that it answers in the right form and often wrongly, and then
 trained for one optimizer step on the reading task with :class:`~vt_trl.trainer.VTGRPOTrainer` as it is. Written down
-are what each rollout answered, the second at which it ended, and how long the phases of the step took. The first line
-of the file is a header; every other line is one rollout, those of a group side by side.
+are what each rollout answered, when it ended, and how long the phases of the step took. The first line of the file is
+a header; every other line is one rollout, those of a group side by side.
 
 The reading task asks the same of every picture. In VQA data nearly every question is distinct, and a judge sees no
 picture: with one question text, 8192 rollouts would be a handful of cases. So the picture's number is written into
@@ -20,7 +20,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,8 @@ _ROWS_PER_WARM_STEP = 25  # pictures drawn for the warm start: each is seen abou
 _NOTE = (
     "The policy was asked 'Which letter?' about every picture; the picture's number was added to the question "
     "afterwards, because in VQA data nearly every question is distinct. prediction: the text a judge would be asked "
-    "about; ended: seconds since generation began."
+    "about; ended: processor seconds of one thread since generation began, as are the phases, because other programs "
+    "ran on the machine; wall_seconds is what a clock showed for the whole step."
 )
 
 
@@ -57,18 +58,6 @@ def _make_trainer(options: argparse.Namespace, base: Path, output: Path) -> VTGR
     from vt_trl.recipe import parse_recipe
     from vt_trl.trainer import VTGRPOTrainer
 
-    class Recording(VTGRPOTrainer):
-        """Notes when generation began and when each rollout ended."""
-
-        def _roll_out(self, *args: Any) -> Any:
-            self.ended: dict[int, float] = {}
-            self.began = time.perf_counter()
-            return super()._roll_out(*args)
-
-        def _start_judges(self, rollout: Any) -> None:
-            self.ended[id(rollout)] = time.perf_counter() - self.began
-            super()._start_judges(rollout)
-
     rollouts = options.prompts * options.group
     micro_batch = min(_MICRO_BATCH, rollouts)
     if rollouts % micro_batch:
@@ -88,30 +77,69 @@ def _make_trainer(options: argparse.Namespace, base: Path, output: Path) -> VTGR
     run, args = parse_recipe(RECIPE, [text for name, value in settings.items() for text in (f"--{name}", str(value))])
     args.model_init_kwargs = {"dtype": run.dtype}
     rows = make_dataset(options.prompts, 0.5, seed=2000 + options.seed)
-    return Recording(model=str(base), args=args, train_dataset=rows)
+    return VTGRPOTrainer(model=str(base), args=args, train_dataset=rows)
 
 
-def _train_one_step(trainer: VTGRPOTrainer) -> dict[str, float]:
-    """Seconds of each phase. The rule that scored is left out: the judge of a replay stands in its place."""
+class _Stopwatch:
+    """Has the trainer's runner, its reward functions and the end of the step say when they are there.
+
+    Moments are processor seconds of this process. On one thread they are what a clock shows on a machine that does
+    nothing else, and they do not depend on what else it does; ``wall_seconds`` says what the clock showed.
+    """
+
+    def __init__(self, trainer: VTGRPOTrainer):
+        self.ended: dict[int, float] = {}  # id(rollout) -> seconds since generation began
+        self._marks: dict[str, float] = {}
+        self._run, trainer.runner.run = trainer.runner.run, self._timed_run
+        trainer.reward_funcs[:] = [self._timed_reward(reward) for reward in trainer.reward_funcs]
+
+    def _timed_run(self, rows: Any, group_size: int, settings: Any, on_finished: Callable[[Any], Any]) -> Any:
+        self._clock, began = time.perf_counter(), time.process_time()
+
+        def finished(rollout: Any) -> None:
+            self.ended[id(rollout)] = time.process_time() - began
+            on_finished(rollout)
+
+        rollouts = self._run(rows, group_size, settings, finished)
+        self._marks |= {"began": began, "generated": time.process_time()}
+        return rollouts
+
+    def _timed_reward(self, reward: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._marks.setdefault("passed", time.process_time())
+            scores = reward(*args, **kwargs)
+            self._marks["scored"] = time.process_time()
+            return scores
+
+        return timed
+
+    def stop(self) -> dict[str, Any]:
+        """The step is over: its phases. The rule that scored is left out, for a judge stands in its place."""
+        stopped, wall = time.process_time(), time.perf_counter() - self._clock
+        began, generated, passed, scored = (self._marks[name] for name in ("began", "generated", "passed", "scored"))
+        phases = {"generation": generated - began, "passes": passed - generated, "update": stopped - scored}
+        return {
+            "phases": {name: round(seconds, 3) for name, seconds in phases.items()},
+            "wall_seconds": round(wall, 3),
+        }
+
+
+def _train_one_step(trainer: VTGRPOTrainer) -> tuple[dict[str, Any], dict[int, float]]:
+    """What was measured, and when each rollout ended."""
     from transformers import TrainerCallback
 
-    class StepClock(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.began = time.perf_counter()
-
+    class AtStepEnd(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.seconds = time.perf_counter() - self.began
+            measured.update(stopwatch.stop())
 
-    clock = StepClock()
-    trainer.add_callback(clock)
+    measured: dict[str, Any] = {}
+    stopwatch = _Stopwatch(trainer)
+    trainer.add_callback(AtStepEnd())
     trainer.train()
-    log = next(log for log in trainer.state.log_history if "time/rollout_seconds" in log)
-    generation, passes, score = (log[f"time/{name}_seconds"] for name in ("rollout", "logprob", "score"))
-    update = clock.seconds - generation - passes - score
-    return {"generation": round(generation, 3), "passes": round(passes, 3), "update": round(update, 3)}
+    return measured, stopwatch.ended
 
 
-def _completions(trainer: VTGRPOTrainer, group: int) -> list[Completion]:
+def _completions(trainer: VTGRPOTrainer, ended: dict[int, float], group: int) -> list[Completion]:
     from vt_trl.judges.reward import last_answer
     from vt_trl.types import RolloutStatus
 
@@ -127,14 +155,14 @@ def _completions(trainer: VTGRPOTrainer, group: int) -> list[Completion]:
                 answer=list(rollout.row["answer"]),
                 prediction=prediction,
                 status=rollout.status.value,
-                ended=round(trainer.ended[id(rollout)], 4),
+                ended=round(ended[id(rollout)], 4),
             )
         )
     return completions
 
 
 def _header(
-    options: argparse.Namespace, command: str, trainer: VTGRPOTrainer, phases: dict[str, float]
+    options: argparse.Namespace, command: str, trainer: VTGRPOTrainer, measured: dict[str, Any]
 ) -> dict[str, Any]:
     from demos.reading.stages import provenance
 
@@ -147,11 +175,11 @@ def _header(
         "settings": {
             "prompts": options.prompts,
             "warm_steps": options.warm_steps,
-            "threads": options.threads,
+            "threads": 1,
             "parameters": sum(weight.numel() for weight in trainer.model.parameters()),
             **{name: getattr(args, name) for name in names},
         },
-        "phases": phases,
+        **measured,
         "command": command,
         **provenance(),
     }
@@ -170,7 +198,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=16, help="completions per prompt")
     parser.add_argument("--warm-steps", type=int, default=130, help="steps of the policy's warm start")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args(argv)
 
 
@@ -184,19 +211,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from demos.reading.__main__ import RECIPE
     from vt_trl.recipe import read_yaml
 
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)  # processor seconds are the seconds of a clock on one thread only
     prompts = read_yaml(RECIPE)["environment_args"]["prompts"]
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         _warm_start(options, prompts, base)
         trainer = _make_trainer(options, base, Path(folder) / "out")
-        phases = _train_one_step(trainer)
-    completions = _completions(trainer, options.group)
-    header = _header(options, shlex.join(["python", "-m", "benchmarks.record_step", *argv]), trainer, phases)
+        measured, ended = _train_one_step(trainer)
+    completions = _completions(trainer, ended, options.group)
+    header = _header(options, shlex.join(["python", "-m", "benchmarks.record_step", *argv]), trainer, measured)
     _write(options.out, header, completions)
     right = sum(one.prediction in one.answer for one in completions)
     answered = sum(one.prediction is not None for one in completions)
-    print(f"{options.out}: {len(completions)} rollouts, {answered} answered, {right} right; seconds: {phases}")
+    print(f"{options.out.name}: {len(completions)} rollouts, {answered} answered, {right} right; {measured}")
     return header
 
 
