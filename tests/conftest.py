@@ -46,6 +46,14 @@ def checkpoint(checkpoints: dict[str, Path]) -> Path:
     return checkpoints["qwen2_5_vl"]
 
 
+@pytest.fixture(scope="session")
+def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained tiny judge: about a minute, once."""
+    from vt_trl.tiny_judge import build_tiny_judge
+
+    return build_tiny_judge(tmp_path_factory.mktemp("judge") / "tiny")
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)

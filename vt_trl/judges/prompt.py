@@ -65,7 +65,7 @@ class Limits:
 
     def check(self, case: Case) -> Judgement | None:
         """The judgement that needs no judge: an empty or endless answer is wrong, endless data cannot be judged."""
-        if not case.prediction:
+        if not neutralised(case.prediction).strip():  # nothing that a judge could see
             return Judgement.of(False, "empty answer")
         if not any(case.golds):
             return Judgement.failed("the row has no accepted answer")
