@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -61,3 +62,13 @@ def test_logged_names_exist():
     elsewhere = {"groups/effective_share", "groups/rounds", "sampling/logp_difference_mean"}  # trainer, refill, passes
     named = {name for name in re.findall(r"`([a-z]+/[a-z_]+)`", TEXT) if not name.startswith("judge/")}
     assert named - names - elsewhere == set()
+
+
+def test_kill_figures_are_the_committed_ones():
+    report = json.loads((ROOT / "docs" / "results" / "benchmark_kill.json").read_text(encoding="utf-8"))
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert f"| kill | kills, resumed | {report['kills']}, {report['resumed']} | |" in text
+    compared = f"{report['steps_compared']}, {report['mismatches']}"
+    assert f"| kill | tries at steps compared, mismatches | {compared} | |" in text
+    assert report["kills"] >= 20 and report["mismatches"] == 0
+    assert f"[{report['kills']} kills]" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -266,7 +267,7 @@ def test_the_module_runs_as_a_command():
 
 # The commands of the READMEs.
 
-_STARTS = ("vt-trl ", "python -m vt_trl", "accelerate launch ", "make ")
+_STARTS = ("vt-trl ", "python -m vt_trl", "python -m demos.", "python -m benchmarks.", "accelerate launch ", "make ")
 _PLACES = {"RECIPE": "recipes/demo.yaml", "RECIPE.yaml": "recipes/demo.yaml"}
 
 
@@ -283,7 +284,8 @@ def commands_of(text: str, comments: bool) -> list[str]:
 
 
 def shown() -> list[tuple[str, str]]:
-    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *RECIPES]
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md", "benchmarks/README.md")]
+    files = [*pages, ROOT / "docs" / "judges.md", *RECIPES]
     texts = [(path, path.read_text()) for path in files if path.exists()]
     return sorted({(path.name, line) for path, text in texts for line in commands_of(text, path.suffix == ".yaml")})
 
@@ -301,6 +303,10 @@ def check_command(line: str) -> None:
         check_arguments(options.training_script_args)
     elif words[:3] == ["python", "-m", "vt_trl.tiny"]:
         tiny._parser().parse_args(words[3:])
+    elif words[0] == "python" and words[2] != "vt_trl":
+        found = importlib.util.find_spec(words[2])
+        package = found.submodule_search_locations is not None
+        importlib.import_module(f"{words[2]}.__main__" if package else words[2]).parse_args(words[3:])
     else:
         check_arguments(words[1:] if words[0] == "vt-trl" else words[3:])
 

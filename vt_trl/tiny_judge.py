@@ -272,13 +272,17 @@ class _Muon(torch.optim.Optimizer):
                 weight.add_(update, alpha=-group["lr"] * max(1, weight.shape[0] / weight.shape[1]) ** 0.5)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """``python -m vt_trl.tiny_judge DIR``."""
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m vt_trl.tiny_judge", description="Train a tiny judge.")
     parser.add_argument("path", help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="of weights and cases")
     parser.add_argument("--steps", type=int, default=700)
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``python -m vt_trl.tiny_judge DIR``."""
+    options = parse_args(argv)
     print(build_tiny_judge(options.path, options.seed, options.steps))
 
 

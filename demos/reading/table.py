@@ -58,10 +58,14 @@ def with_table(text: str, reports: Sequence[dict[str, Any]]) -> str:
     return f"{before}{START}\n{table(reports)}\n{END}{after}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demos.reading.table", description=__doc__)
     parser.add_argument("--write", type=Path, help="a file whose table to replace; otherwise it is printed")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_args(argv)
     if options.write is None:
         print(table(load_reports()))
     else:
