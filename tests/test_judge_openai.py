@@ -238,12 +238,12 @@ def test_concurrency_is_kept():
 
 
 def test_rate_limits_are_kept():
-    """At 600 a minute, of which an eleventh may burst, 70 requests take more than a second."""
+    """At 600 a minute, an eleventh of which may burst, the last of 64 requests cannot come within 0.8 seconds."""
     cases = [Case.of("q", "g", str(n)) for n in range(64)]
     with JudgeServer() as server:
+        began = time.monotonic()
         ask(server, *cases, requests_per_minute=600)
-        times = sorted(request.time for request in server.requests)
-        assert sum(when < times[0] + 0.5 for when in times) <= 600 / 11 + 0.5 * 10 + 2
+        assert max(request.time for request in server.requests) - began >= 0.8
         ask(server, *cases[:1], tokens_per_minute=100_000)
         before = len(server.requests)
         judgements, _ = ask(server, *cases[:40], tokens_per_minute=150_000)
