@@ -21,6 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     play.add_argument("recipe")
     play.add_argument("--row", type=int, default=0, help="number of the row to play, from 0")
     play.add_argument("--pictures", default=None, help="folder for the pictures shown (default: a temporary one)")
+    commands.add_parser("preflight", help="will it fit? memory, tokens and seconds of a recipe, without a GPU")
     agreement = commands.add_parser("judge-agreement", help="compare judges on labelled rows")
     agreement.add_argument("--rows", required=True, help="JSON lines: question, answer, prediction, optionally label")
     agreement.add_argument(
@@ -52,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv.insert(0, "train")
+    if argv[:1] == ["preflight"]:  # its options are kept with what they mean, behind slow imports
+        from vt_trl.preflight.__main__ import main as preflight
+
+        return preflight(argv[1:])
     parser = _parser()
     options, overrides = parser.parse_known_args(argv)
     try:
