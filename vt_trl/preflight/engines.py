@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -110,9 +111,8 @@ def judge_memory(
     vllm = judge.backend == "vllm" or (judge.backend == "auto" and args.use_vllm)
     if vllm and gpu_bytes is not None:
         return JudgeMemory(JUDGE_PROCESS, round(judge.gpu_memory_utilization * gpu_bytes))
-    try:
-        config = judge_config or AutoConfig.from_pretrained(judge.model)
-    except (OSError, ValueError):
+    config = judge_config or _configuration(judge.model)
+    if config is None:
         return JudgeMemory(note=f"The judge {judge.model} is not at hand, so its memory is not counted.")
     hidden, layers = config.hidden_size, config.num_hidden_layers
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
@@ -121,3 +121,11 @@ def judge_memory(
     weights = 2 * (layers * (attention + 3 * hidden * config.intermediate_size) + ends)
     tokens = judge.batch_size * min(judge.max_tokens, JUDGE_CASE)
     return JudgeMemory(weights, tokens * 2 * (3 * config.intermediate_size + 4 * hidden))
+
+
+@lru_cache(maxsize=8)  # advice estimates many times
+def _configuration(model: str) -> PretrainedConfig | None:
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError):
+        return None
