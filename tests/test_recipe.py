@@ -284,9 +284,8 @@ def commands_of(text: str, comments: bool) -> list[str]:
 
 
 def shown() -> list[tuple[str, str]]:
-    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md", "benchmarks/README.md")]
-    files = [*pages, ROOT / "docs" / "judges.md", *RECIPES]
-    texts = [(path, path.read_text()) for path in files if path.exists()]
+    pages = "README.md", "CONTRIBUTING.md", "recipes/README.md", "benchmarks/README.md", "docs/judges.md"
+    texts = [(path, path.read_text()) for path in (*(ROOT / name for name in pages), *RECIPES)]
     return sorted({(path.name, line) for path, text in texts for line in commands_of(text, path.suffix == ".yaml")})
 
 
@@ -319,8 +318,7 @@ def check_arguments(words: list[str]) -> None:
     options, overrides = cli._parser().parse_known_args(words)
     if hasattr(options, "recipe"):
         parse_recipe(ROOT / options.recipe, (*overrides, *ON_A_CPU))
-    else:
-        assert not overrides, f"{options.command} does not take {overrides}"
+    assert hasattr(options, "recipe") or not overrides, f"{options.command} does not take {overrides}"
 
 
 def test_commands_are_found():
