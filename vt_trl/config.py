@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ from trl import GRPOConfig
 
 from vt_trl.alarm import ACTIONS, check_bands
 from vt_trl.envs import make_environment
-from vt_trl.errors import ConfigError
+from vt_trl.errors import ConfigError, did_you_mean
 from vt_trl.rewards import PENALTIES, make_rewards
 
 # Settings of stock TRL that this trainer would ignore; accepting them silently would be a lie.
@@ -191,8 +190,7 @@ class VTGRPOConfig(GRPOConfig):
             self.dynamic_sampling = "off"
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                near = difflib.get_close_matches(str(getattr(self, name)), allowed, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(getattr(self, name), allowed)
                 raise ConfigError(f"{name} is {getattr(self, name)!r}.{hint} Use {' or '.join(allowed)}.")
         check_bands(self.alarm_bands)
         if self.alarm_patience < 1:
@@ -232,8 +230,7 @@ class VTGRPOConfig(GRPOConfig):
                 f"({', '.join(self.rewards)}); give one each."
             )
         if self.penalty not in PENALTIES:
-            near = difflib.get_close_matches(self.penalty, PENALTIES, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(self.penalty, PENALTIES)
             raise ConfigError(f"penalty is {self.penalty!r}.{hint} Use one of {', '.join(PENALTIES)}.")
         if not 0 <= self.penalty_theta <= 1:
             raise ConfigError(f"penalty_theta is {self.penalty_theta}; it is a share, from 0 to 1 (the paper: 0.2).")

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` with the nearest of the known names, to append to a sentence; empty when none is near."""
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message says what was set, why it cannot work and what to do."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vt_trl.errors import SamplingShortfall
+from vt_trl.metrics import ZERO_STD
 from vt_trl.rewards import group_advantages, group_penalty
 from vt_trl.types import Rollout
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from vt_trl.trainer import VTGRPOTrainer
 
 logger = logging.getLogger(__name__)
-
-_ZERO_STD = 1e-4  # as in VisionThink's filter
 
 
 class Fate(StrEnum):
@@ -56,7 +55,7 @@ class Group:
     def fate(self) -> Fate:
         if self.reward.isnan().any():
             return Fate.UNJUDGED
-        return Fate.ZERO_STD if len(self.reward) > 1 and self.reward.std() < _ZERO_STD else Fate.GOOD
+        return Fate.ZERO_STD if len(self.reward) > 1 and self.reward.std() < ZERO_STD else Fate.GOOD
 
 
 def score_groups(trainer: VTGRPOTrainer, rollouts: Sequence[Rollout], group_size: int) -> list[Group]:
@@ -89,7 +88,8 @@ def set_advantages(trainer: VTGRPOTrainer, groups: Sequence[Group], group_size: 
 def without_loss(groups: Sequence[Group], mode: str) -> torch.Tensor:
     """True (N,) where a group carries no loss: it was not judged or, unless ``off``, its rewards are all equal."""
     dropped = {Fate.UNJUDGED} if mode == "off" else {Fate.UNJUDGED, Fate.ZERO_STD}
-    return torch.tensor([group.fate in dropped for group in groups for _ in group.rollouts])
+    sizes = torch.tensor([len(group.rollouts) for group in groups])
+    return torch.tensor([group.fate in dropped for group in groups]).repeat_interleave(sizes)
 
 
 def effective_share(trainer: VTGRPOTrainer, dropped: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vt_trl.types import Fault, Rollout, RolloutStatus
 
-_ZERO_STD = 1e-4  # as in VisionThink's group filter
+ZERO_STD = 1e-4  # as in VisionThink's group filter
 
 
 @dataclass
@@ -129,7 +129,7 @@ def _group_shares(records: Sequence[RolloutRecord]) -> dict[str, float]:
         "groups/only_direct_right": mean(float(p and not t) for t, p in zip(tool, plain, strict=True)),
         "groups/both_right": mean(float(t and p) for t, p in zip(tool, plain, strict=True)),
         "groups/dropped_unjudged": mean(float(any(math.isnan(r.reward) for r in group)) for group in groups),
-        "frac_reward_zero_std": mean(float(_std([r.reward for r in group]) < _ZERO_STD) for group in groups),
+        "frac_reward_zero_std": mean(float(_std([r.reward for r in group]) < ZERO_STD) for group in groups),
     }
 
 

@@ -13,7 +13,7 @@ import yaml
 from trl import TrlParser
 
 from vt_trl.config import VTGRPOConfig
-from vt_trl.errors import ConfigError
+from vt_trl.errors import ConfigError, did_you_mean
 
 _RESERVED = {"env"}  # a mapping of environment variables, handled by TrlParser
 _ALSO_VALID = [
@@ -63,7 +63,9 @@ class RunArguments:
         for setting in fields(self):  # argparse looks at the command line's choices only, not at the YAML's
             choices, value = setting.metadata.get("choices"), getattr(self, setting.name)
             if choices and value not in choices:
-                raise ConfigError(f"{setting.name} is {value!r}.{_hint(value, choices)} Use {' or '.join(choices)}.")
+                raise ConfigError(
+                    f"{setting.name} is {value!r}.{did_you_mean(value, choices)} Use {' or '.join(choices)}."
+                )
         if not self.model:
             raise ConfigError("model is not set; write it into the recipe or add `--model NAME_OR_FOLDER`.")
         if not self.dataset:
@@ -166,8 +168,3 @@ def _words(kind: Any) -> str:
     options = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     names = [str(o) if get_args(o) else o.__name__ for o in options if o is not type(None)]
     return " or ".join(names)
-
-
-def _hint(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""

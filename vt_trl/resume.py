@@ -41,7 +41,6 @@ class ResumableTrainer:
             clear_staging(self.args.output_dir)
         self.accelerator.wait_for_everyone()
         checkpoint = resume_path(self.args.output_dir, resume_from_checkpoint)
-        self._resumed_from = checkpoint
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -10,7 +9,7 @@ from typing import Any
 
 from vt_trl.envs.base import Environment
 from vt_trl.envs.resize import DirectEnv, ResizeEnv
-from vt_trl.errors import ConfigError
+from vt_trl.errors import ConfigError, did_you_mean
 
 ENVIRONMENTS: dict[str, type[Environment]] = {"resize": ResizeEnv, "direct": DirectEnv}
 
@@ -36,8 +35,7 @@ def make_environment(name: str, settings: Mapping[str, Any] | None = None) -> Ca
     elif name in ENVIRONMENTS:
         cls = ENVIRONMENTS[name]
     else:
-        near = difflib.get_close_matches(name, ENVIRONMENTS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, ENVIRONMENTS)
         raise ConfigError(
             f"environment is {name!r}, which is unknown.{hint} Use one of {', '.join(ENVIRONMENTS)}, "
             f"or `module:Class`."

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from vt_trl.envs import import_object
-from vt_trl.errors import ConfigError
+from vt_trl.errors import ConfigError, did_you_mean
 from vt_trl.judges.base import Case, Judge, Judgement, Verdict
 from vt_trl.judges.cascade import CascadeJudge
 from vt_trl.judges.local import LocalJudge
@@ -60,8 +59,7 @@ def make_judge(name: str, settings: Mapping[str, Any] | None = None) -> Judge:
     elif name in JUDGES:
         make = JUDGES[name]
     else:
-        near = difflib.get_close_matches(name, JUDGES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, JUDGES)
         raise ConfigError(
             f"judge is {name!r}, which is unknown.{hint} Use one of {', '.join(JUDGES)}, or `module:Class`."
         )
@@ -70,8 +68,7 @@ def make_judge(name: str, settings: Mapping[str, Any] | None = None) -> Judge:
     known = inspect.signature(make).parameters
     for setting in settings:
         if setting not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-            near = difflib.get_close_matches(str(setting), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(setting, known)
             raise ConfigError(f"judge_args has {setting!r}, which the judge {name!r} does not know.{hint}")
     try:
         return make(**settings)

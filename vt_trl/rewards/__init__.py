@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vt_trl.envs import import_object
-from vt_trl.errors import ConfigError
+from vt_trl.errors import ConfigError, did_you_mean
 from vt_trl.rewards.accuracy import accuracy_reward, answers_match
 from vt_trl.rewards.advantages import group_advantages
 from vt_trl.rewards.format import format_reward
@@ -57,8 +56,7 @@ def make_reward(name: str) -> RewardFunction:
             raise ConfigError(f"the reward {name!r} is not callable.")
         return reward
     if name not in REWARDS:
-        near = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, REWARDS)
         raise ConfigError(
             f"the reward {name!r} is unknown.{hint} Use one of {', '.join(REWARDS)}, or `module:function`."
         )
