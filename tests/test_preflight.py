@@ -9,13 +9,13 @@ import pytest
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from vt_trl.cli import main
 from vt_trl.config import VTGRPOConfig
 from vt_trl.envs import Environment, ResizeEnv
 from vt_trl.envs.base import user
 from vt_trl.errors import ConfigError
 from vt_trl.families import family_of
 from vt_trl.preflight import PixelLimits, Setup, Workload, check_run, estimate, preflight, tables
-from vt_trl.preflight.__main__ import main
 from vt_trl.preflight.advice import CONFIG, advise, changed
 from vt_trl.preflight.counts import count, widths
 from vt_trl.preflight.engines import GIB
@@ -294,11 +294,16 @@ def test_every_shipped_recipe_preflights(seven, capsys):
 
 def test_command_says_with_its_status_whether_it_fits(shared, capsys):
     model = ("--model-config", str(shared / "qwen" / "qwen2.5-vl-7b-instruct"))
-    assert main([str(RECIPES / "efficient_lora.yaml"), "--gpu-gib", "79", "--model", "another", *model]) == 0
+    assert (
+        main(["preflight", str(RECIPES / "efficient_lora.yaml"), "--gpu-gib", "79", "--model", "another", *model]) == 0
+    )
     assert "Fits" in (out := capsys.readouterr().out) and "another" in out
-    assert main([str(RECIPES / "efficient_lora.yaml"), "--gpu-gib", "24", *model, "--picture", "800x600"]) == 1
+    assert (
+        main(["preflight", str(RECIPES / "efficient_lora.yaml"), "--gpu-gib", "24", *model, "--picture", "800x600"])
+        == 1
+    )
     assert "vllm_gpu_memory_utilization" in (out := capsys.readouterr().out) or "model: one with" in out
-    assert main([str(RECIPES / "efficient_lora.yaml"), "--model-config", str(RECIPES)]) == 2
+    assert main(["preflight", str(RECIPES / "efficient_lora.yaml"), "--model-config", str(RECIPES)]) == 2
 
 
 def test_start_of_a_run_never_fails(checkpoint, tmp_path, capsys):
