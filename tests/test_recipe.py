@@ -17,6 +17,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from vt_trl import cli, run, tiny
+from vt_trl.commands import COMMANDS
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.recipe import parse_recipe
 
