@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from vt_trl import __version__
@@ -41,9 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv.insert(0, "train")
+    return explained(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> int | None:
+    module, options, overrides = parse(argv)
+    return module.run(options, overrides)
+
+
+def explained(run: Callable[[], int | None]) -> int:
+    """The exit status of ``run``; its errors become one line each."""
     try:
-        module, options, overrides = parse(argv)
-        return module.run(options, overrides) or 0
+        return run() or 0
     except (ConfigError, DataError) as error:  # the user's to mend before anything can start
         print(f"vt-trl: {error}", file=sys.stderr)
         return 2

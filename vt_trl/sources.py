@@ -24,6 +24,7 @@ from datasets import Dataset, DatasetDict, Features, Value
 
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.images import local_path
+from vt_trl.rows import answer_texts, only_image
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ NAMES = {  # our column: what it may be called, best first
     "answer": ("answer", "original_answer"),
     "data_source": ("data_source",),
 }
+MANIFEST = "manifest.json"  # of a folder of shards that data preparation wrote
+MANIFEST_FORMAT = {"format": "vt_trl rows", "version": 1}
 TABLES = (".jsonl", ".json", ".csv")
 EMBEDDED = datasets.Image(decode=False)
 NOT_EMBEDDED = (
@@ -45,10 +48,10 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def load_rows(source: str | os.PathLike, split: str | None = None, limit: int | None = None) -> Dataset:
     """Read the first ``limit`` rows of a data set into the columns named above.
 
-    ``source``: a folder of ``save_to_disk``; a folder with ``data.jsonl`` (``.json``, ``.csv``; ``metadata.*``) and
-    pictures; such a file or a Parquet file by itself; a folder of Parquet files; or a name on the Hub. Without
-    ``split`` the only split, or else ``train``, is taken. Raises :class:`DataError` when the source cannot be read or
-    lacks a column, :class:`ConfigError` for a bad ``limit``.
+    ``source``: what ``vt-trl prepare`` wrote; a folder of ``save_to_disk``; a folder with ``data.jsonl`` (``.json``,
+    ``.csv``; ``metadata.*``) and pictures; such a file or a Parquet file by itself; a folder of Parquet files; or a
+    name on the Hub. Without ``split`` the only split, or else ``train``, is taken. Raises :class:`DataError` when the
+    source cannot be read or lacks a column, :class:`ConfigError` for a bad ``limit``.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit}: no row would be left; set a positive number, or leave it out for all rows")
@@ -96,6 +99,8 @@ def _read_records(file: Path) -> list[dict[str, Any]]:
 def _read_arrow(path: Path, source: str, split: str | None) -> Dataset | DatasetDict:
     if path.is_file():
         return datasets.load_dataset("parquet", data_files=str(path))
+    if (path / MANIFEST).is_file():
+        return datasets.load_dataset("parquet", data_files=[str(file) for file in shard_files(path)])
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return datasets.load_from_disk(str(path))
     if path.is_dir() and not any(path.rglob("*.parquet")):
@@ -103,6 +108,32 @@ def _read_arrow(path: Path, source: str, split: str | None) -> Dataset | Dataset
     if not path.exists() and not _HUB_NAME.fullmatch(source):
         raise DataError("there is no such file or folder, and it is no name on the Hub")
     return datasets.load_dataset(source if not path.exists() else str(path))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest that data preparation left in a folder. Raises :class:`DataError` when it is none of ours."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if {name: manifest[name] for name in MANIFEST_FORMAT} != MANIFEST_FORMAT:
+            raise ValueError("it is of another format")
+        if not isinstance(manifest["made_of"], dict) or not isinstance(manifest["units"], dict):
+            raise ValueError("it lacks its units")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"cannot read {str(folder / MANIFEST)!r}: {error}") from error
+    return manifest
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The Parquet files of a prepared set, in order. Raises :class:`DataError` when it is incomplete or empty."""
+    manifest = read_manifest(folder)
+    if not manifest.get("complete"):
+        raise DataError(f"{str(folder)!r} is incomplete: its step was interrupted; run the same command again")
+    names = [shard["file"] for unit in manifest["units"].values() for shard in unit["shards"]]
+    if not names:
+        raise DataError(f"{str(folder)!r} holds no rows: its step set all of them aside")
+    if any(Path(name).name != name for name in names):
+        raise DataError(f"{str(folder / MANIFEST)!r} names files outside its folder")
+    return [folder / name for name in names]
 
 
 def _pick_split(found: Dataset | DatasetDict, split: str | None, source: str) -> Dataset:
@@ -203,19 +234,3 @@ def _assemble(base: Dataset, raw: Mapping[str, list], errors: Sequence[str], id_
         kind = datasets.List(Value("string")) if name == "answer" else Value("string")
         base = base.add_column(name, list(values), feature=kind)
     return base
-
-
-def answer_texts(value: Any) -> list[str]:
-    """The accepted answers; a number is one too, but a bool, a dict and the like are not."""
-    values = value if isinstance(value, list | tuple) else [value]
-    good = all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in values)
-    return [str(item) for item in values] if good else []
-
-
-def only_image(value: Any) -> Any:
-    """The picture of a column that holds one, or a list of one."""
-    if isinstance(value, list | tuple):
-        if len(value) != 1:
-            raise DataError(f"the row has {len(value)} images and needs exactly one; split the row or join the images")
-        value = value[0]
-    return value

@@ -24,5 +24,6 @@ COMMANDS: dict[str, Command] = {
     "preflight": Command(
         "will it fit? memory, tokens and seconds of a recipe, without a GPU", "vt_trl.commands.preflight"
     ),
+    "prepare": Command("make rows: import, check, filter and more", "vt_trl.commands.prepare"),
     "judge-agreement": Command("compare judges on labelled rows", "vt_trl.commands.judge_agreement"),
 }

@@ -1,0 +1,22 @@
+"""From published sets to rows worth training on: ``vt-trl prepare STEP`` or ``python -m data_prep.STEP``.
+
+A step has ``parser()``, an argparse parser without slow imports, and ``run(options)``, which returns the exit status
+or None. Rows: :mod:`vt_trl.rows`; how they are written: :mod:`data_prep.shards`; for users: ``docs/data.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from vt_trl.commands import Command
+
+STEPS: dict[str, Command] = {}
+
+
+def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int | None]) -> None:
+    """Run one step as a program of its own: ``python -m data_prep.STEP``."""
+    from vt_trl.cli import explained
+
+    sys.exit(explained(lambda: run(parser.parse_args())))
