@@ -12,7 +12,9 @@ from collections.abc import Callable
 
 from vt_trl.commands import Command
 
-STEPS: dict[str, Command] = {}
+STEPS: dict[str, Command] = {
+    "import": Command("a published set, or files of your own, in the columns of rows", "data_prep.import"),
+}
 
 
 def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int | None]) -> None:

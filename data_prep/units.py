@@ -23,13 +23,14 @@ from rich.progress import track
 from data_prep.shards import WORK, UnitWriter, open_manifest, side_part, write_manifest
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.rows import FEATURES
+from vt_trl.sources import MANIFEST
 
 Work = Callable[[Any, UnitWriter], None]
 
 
 def run_units(
     out: Path,
-    units: Sequence[Any],
+    units: Sequence[Any] | Callable[[Path], Sequence[Any]],
     work: Work,
     *,
     made_of: Mapping[str, Any],
@@ -40,6 +41,7 @@ def run_units(
 ) -> dict[str, Any]:
     """Write ``out`` from its units and return the complete manifest; units that are there already are not run again.
 
+    ``units``, or a function that gets a work folder and makes them, once the output folder is ours alone.
     ``work(unit, writer)`` writes the rows of one unit. With ``workers`` processes it has to be a function of a module
     (or a ``partial`` of one); with 0 it runs here. ``made_of``: all that the output depends on. ``keep``: side files
     that exist even when no unit wrote a line. Raises what ``work`` raises, :class:`ConfigError` when the folder is
@@ -49,13 +51,14 @@ def run_units(
         raise ConfigError(f"workers is {workers}; it must be 0 (this process) or more.")
     out = Path(out)
     with locked(out):
-        manifest = open_manifest(out, {**made_of, "units": len(units)})
+        manifest = open_manifest(out, made_of)
         if manifest["complete"]:
             shutil.rmtree(out / WORK)
             return manifest
-        write_manifest(out, manifest)  # from now on the folder is known to be ours
         for stale in (*out.glob(".*.tmp"), *(out / WORK).glob(".*.tmp")):
             stale.unlink(missing_ok=True)
+        units = units(out / WORK) if callable(units) else units
+        write_manifest(out, manifest)  # from now on the folder is known to be ours
         missing = [number for number in range(len(units)) if str(number) not in manifest["units"]]
         job = partial(_one, out, features, work)
         for number, record in track(_results(job, missing, units, workers), title, len(missing), disable=not missing):
@@ -101,7 +104,13 @@ def locked(out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ConfigError(f"{str(out)!r} is being written by another run; wait for it.") from error
-        yield
+        try:
+            yield
+        finally:
+            if not (out / MANIFEST).exists():  # nothing came of it
+                shutil.rmtree(out / WORK)
+                if not any(out.iterdir()):
+                    out.rmdir()
 
 
 def _results(

@@ -285,7 +285,14 @@ def commands_of(text: str, comments: bool) -> list[str]:
 
 
 def shown() -> list[tuple[str, str]]:
-    pages = "README.md", "CONTRIBUTING.md", "recipes/README.md", "benchmarks/README.md", "docs/judges.md"
+    pages = (
+        "README.md",
+        "CONTRIBUTING.md",
+        "recipes/README.md",
+        "benchmarks/README.md",
+        "docs/judges.md",
+        "docs/data.md",
+    )
     texts = [(path, path.read_text()) for path in (*(ROOT / name for name in pages), *RECIPES)]
     return sorted({(path.name, line) for path, text in texts for line in commands_of(text, path.suffix == ".yaml")})
 

@@ -37,6 +37,14 @@ FEATURES = Features(  # of stored rows: pictures embedded, every answer in a lis
     }
 )
 
+NAMES = {  # our column: what it may be called, best first
+    "id": ("id", "doc_id"),
+    "image": ("image", "images", "file_name"),
+    "question": ("question", "problem"),
+    "answer": ("answer", "original_answer"),
+    "data_source": ("data_source",),
+}
+
 _MARKER = re.compile(r"<image(?: ?\d+)?>")
 # What is left of a template or of another model's prompt, once the one marker allowed is taken out.
 _PLACEHOLDER = re.compile(

@@ -24,17 +24,10 @@ from datasets import Dataset, DatasetDict, Features, Value
 
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.images import local_path
-from vt_trl.rows import answer_texts, only_image
+from vt_trl.rows import NAMES, answer_texts, only_image
 
 logger = logging.getLogger(__name__)
 
-NAMES = {  # our column: what it may be called, best first
-    "id": ("id", "doc_id"),
-    "image": ("image", "images", "file_name"),
-    "question": ("question", "problem"),
-    "answer": ("answer", "original_answer"),
-    "data_source": ("data_source",),
-}
 MANIFEST = "manifest.json"  # of a folder of shards that data preparation wrote
 MANIFEST_FORMAT = {"format": "vt_trl rows", "version": 1}
 TABLES = (".jsonl", ".json", ".csv")
@@ -56,7 +49,7 @@ def load_rows(source: str | os.PathLike, split: str | None = None, limit: int | 
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit}: no row would be left; set a positive number, or leave it out for all rows")
     path = Path(source).expanduser()
-    table = _table_file(path, split)
+    table = table_file(path, split)
     if table is not None:
         return _from_records(_read_records(table)[:limit], table.parent, str(source))
     try:
@@ -71,7 +64,8 @@ def load_rows(source: str | os.PathLike, split: str | None = None, limit: int | 
     return _from_dataset(dataset, root.absolute(), str(source))
 
 
-def _table_file(path: Path, split: str | None) -> Path | None:
+def table_file(path: Path, split: str | None) -> Path | None:
+    """The text file with the rows of a folder (``data``, ``metadata`` or the split's name), or the path itself."""
     if path.suffix in TABLES and path.is_file():
         return path
     stems = [split] if split else []

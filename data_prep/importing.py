@@ -1,0 +1,212 @@
+"""From the records of a source to rows: columns renamed, pictures embedded, ids made stable, bad rows set aside."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.finding import Found
+from data_prep.formats import Format, by_votes, from_cell, value_of
+from data_prep.reading import Unit, open_table, read_unit
+from data_prep.shards import UnitWriter
+from data_prep.units import run_units
+from vt_trl.errors import DataError
+from vt_trl.images import local_path
+from vt_trl.rows import answer_texts, clean_question, examine, only_image
+
+QUARANTINE = "quarantine.jsonl"
+UNIT_ROWS = 5000
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Makes rows of one source's records. ``chosen``: our column -> the source's; ``root``: where paths start."""
+
+    format: Format
+    chosen: Mapping[str, str]
+    root: str
+
+    @property
+    def columns(self) -> list[str]:
+        return self.format.reads(self.chosen)
+
+    def rows(self, unit: Unit) -> Iterator[tuple[int, Mapping[str, Any], dict[str, Any]]]:
+        """``(number of the record, the record, a row)`` for all rows of a unit; a row may lack anything."""
+        for number, record in read_unit(unit, self.columns):
+            for part in self.format.records(record):
+                yield number, part, self.row(part)
+
+    def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """One row in the columns of :data:`vt_trl.rows.FEATURES`; ``image_error`` says why there is no picture."""
+        found = {ours: value_of(record, name) for ours, name in self.chosen.items()}
+        listed = self.chosen["answer"].endswith("s")  # "answers": a list, which a CSV file writes as text
+        answers = answer_texts(from_cell(found["answer"]) if listed else found["answer"])
+        choices = _texts(found.get("choices"))
+        row: dict[str, Any] = {
+            "image": None,
+            "question": _with_choices(_question(found["question"]), choices),
+            "answer": by_votes([answer.strip() for answer in answers]),
+            "data_source": str(found.get("data_source") or self.format.source or "unknown"),
+            "needs_full": _flag(found.get("needs_full")),
+            "choices": choices,
+            "region": _numbers(found.get("region")),
+            "solution": None if found.get("solution") is None else str(found["solution"]),
+        }
+        try:
+            row["image"] = self._picture(found["image"])
+        except DataError as error:
+            row["image_error"] = error.reason
+        row["id"] = self._id(found.get("id"), row)
+        return row
+
+    def _picture(self, value: Any) -> bytes:
+        """The bytes of a picture file; a path must lie below the root, and a URL is not fetched."""
+        value = only_image(value)
+        if isinstance(value, Mapping):
+            value = value.get("path") if value.get("bytes") is None else value["bytes"]
+        if isinstance(value, bytes):
+            return value
+        if value is None or value == "" or isinstance(value, bool | float | list | dict):
+            raise DataError("cannot read the image: it is missing")
+        return _read_picture(self.root, str(value), tuple(self.format.folders), self.format.image_file)
+
+    def _id(self, given: Any, row: Mapping[str, Any]) -> str:
+        """The set's own id where it is one per row; else, or behind it, a hash of what the row holds."""
+        given = "" if given is None else str(given)
+        if given and self.format.unique_ids:
+            return f"{self.format.source}-{given}" if self.format.source else given
+        digest = hashlib.blake2b(row["image"] or b"", digest_size=8)
+        digest.update(json.dumps([row["question"], row["answer"]]).encode())
+        return f"{given or self.format.source or 'row'}-{digest.hexdigest()}"
+
+
+def import_rows(
+    found: Found,
+    format: Format,
+    out: Path,
+    *,
+    images: str | None = None,
+    renamed: Mapping[str, str] | None = None,
+    workers: int = 0,
+    unit_rows: int = UNIT_ROWS,
+) -> dict[str, Any]:
+    """Write the rows of a source to ``out`` and the bad ones to ``out/quarantine.jsonl``; returns the manifest.
+
+    ``images``: folder that paths start from, instead of the one the table lies in. ``renamed``: our column -> the
+    source's. Raises :class:`DataError` for a source that cannot be read or lacks a column.
+    """
+    root = str(Path(images).expanduser().absolute() if images else found.root)
+    made_of = {
+        "step": "import",
+        "files": found.fingerprint(),
+        "format": format.help,
+        "images": images,
+        "map": dict(renamed or {}),
+        "unit_rows": unit_rows,
+    }
+
+    def plan(folder: Path) -> Sequence[tuple[Unit, Reader]]:
+        table = open_table(found.files, unit_rows, folder)
+        reader = Reader(format, format.choose(table.columns, renamed or {}), root)
+        return [(unit, reader) for unit in table.units]
+
+    return run_units(out, plan, _import_unit, made_of=made_of, workers=workers, title="import", keep=[QUARANTINE])
+
+
+def _import_unit(job: tuple[Unit, Reader], writer: UnitWriter) -> None:
+    unit, reader = job
+    for number, record, row in reader.rows(unit):
+        write_if_good(writer, number, record, row)
+
+
+def write_if_good(
+    writer: UnitWriter,
+    number: int,
+    record: Mapping[str, Any],
+    row: dict[str, Any],
+    more: Sequence[str] = (),
+) -> None:
+    """Write a row, or set it aside with its number and every reason against it (and ``more`` of them)."""
+    reasons = [*examine(row).reasons, *more]
+    writer.counts["all"] += 1
+    if not reasons:
+        writer.counts["good"] += 1
+        writer.add(row)
+        return
+    writer.counts["quarantined"] += 1
+    for reason in reasons:
+        writer.counts[f"reason: {kind_of(reason)}"] += 1
+    picture = row.pop("image")
+    row.pop("image_error", None)
+    kept = {"row": number, "id": row["id"], "reasons": reasons, "values": row, "record": without_bytes(record)}
+    writer.note(QUARANTINE, kept | {"image": picture})
+
+
+def kind_of(reason: str) -> str:
+    """A reason without what is special to one row, for counting."""
+    return re.sub(r" (?:\(.*?\)|\[.*?\]|'.*?'|\d+(?: x \d+)?)(?=[ ;:,]|$)", "", reason.split(":")[0]).strip()
+
+
+def without_bytes(value: Any) -> Any:
+    """A record without the bytes of its pictures, which are kept next to it."""
+    if isinstance(value, Mapping):
+        return {name: without_bytes(one) for name, one in value.items() if not isinstance(one, bytes)}
+    if isinstance(value, list | tuple):
+        return [without_bytes(one) for one in value if not isinstance(one, bytes)]
+    return value
+
+
+def _read_picture(root: str, name: str, folders: Sequence[str], pattern: str) -> bytes:
+    """The file of that name in the first folder that has it. Raises :class:`DataError` for a path out of the root."""
+    named = name if Path(name).suffix else pattern.format(name)
+    paths = [local_path(named, root)]
+    if ".." in Path(named).parts:
+        raise DataError(f"cannot read the image: the path {name!r} climbs with '..'; write it from the folder down")
+    if not Path(named).is_absolute():
+        paths = [local_path(Path(folder) / named, root) for folder in folders]
+    try:
+        found = next((path for path in paths if path.is_file()), None)
+        if found is not None:
+            return found.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the image: {error.strerror or error}: {name[:200]!r}") from error
+    raise DataError(f"cannot read the image: No such file: {str(paths[0])!r}")
+
+
+def _question(value: Any) -> str:
+    if not isinstance(value, str):
+        return ""
+    try:
+        return clean_question(value).strip()
+    except DataError:
+        return value  # two markers: examined and set aside as it is
+
+
+def _with_choices(question: str, choices: list[str] | None) -> str:
+    """The question with its choices below it, as "(A) ...", where it does not hold them already."""
+    if not choices or not question or all(choice in question for choice in choices) or len(choices) > 26:
+        return question
+    return "\n".join([question, *(f"({chr(ord('A') + place)}) {one}" for place, one in enumerate(choices))])
+
+
+def _texts(value: Any) -> list[str] | None:
+    value = from_cell(value)
+    return [str(one) for one in value] if isinstance(value, list) and value else None
+
+
+def _numbers(value: Any) -> list[float] | None:
+    value = from_cell(value)
+    if not isinstance(value, list) or not value:
+        return None
+    good = all(isinstance(one, int | float) and not isinstance(one, bool) for one in value)
+    return [float(one) for one in value] if good else [float("nan")]
+
+
+def _flag(value: Any) -> bool | None:
+    value = from_cell(value)
+    return value if isinstance(value, bool) else None
