@@ -97,3 +97,19 @@ def folder(tmp_path: Path):
         return root
 
     return write
+
+
+@pytest.fixture(scope="session")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint that would write image placeholders and, kept from that, writes tool calls."""
+    from published import make_caller
+
+    return make_caller(tmp_path_factory.mktemp("caller"))
+
+
+@pytest.fixture(scope="session")
+def finished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A run of four steps with three evaluations, best at the second; see published.finish."""
+    from published import finish
+
+    return finish(checkpoint, tmp_path_factory.mktemp("finished"))

@@ -292,6 +292,7 @@ def shown() -> list[tuple[str, str]]:
         "benchmarks/README.md",
         "docs/judges.md",
         "docs/data.md",
+        "docs/hub.md",
     )
     texts = [(path, path.read_text()) for path in (*(ROOT / name for name in pages), *RECIPES)]
     return sorted({(path.name, line) for path, text in texts for line in commands_of(text, path.suffix == ".yaml")})

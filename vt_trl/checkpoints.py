@@ -22,10 +22,11 @@ STAGING = ".saving"
 _PREFIX = "checkpoint-"
 
 
-def write_manifest(folder: Path) -> None:
-    """Flush every file of a checkpoint to the disk and list it with its size."""
+def write_manifest(folder: Path, files: Iterable[Path] | None = None) -> None:
+    """Flush the files of a checkpoint (all there are, unless given) to the disk and list them with their sizes."""
     sizes = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
+    files = [path for path in folder.rglob("*") if path.is_file()] if files is None else files
+    for path in sorted(path for path in files if path.name != MANIFEST):
         _flush(path)
         sizes[str(path.relative_to(folder))] = path.stat().st_size
     manifest = folder / MANIFEST

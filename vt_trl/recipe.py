@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -93,7 +94,8 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunAr
     parser.allow_abbrev = False  # a typing error must not become another setting
 
     def refuse(message: str) -> NoReturn:  # argparse would print the usage of all settings and leave
-        raise ConfigError(f"{path} with {' '.join(overrides) or 'no overrides'}: {message}.")
+        shown = re.sub(r"(--hub_token[ =])\S+", r"\1***", " ".join(overrides))
+        raise ConfigError(f"{path} with {shown or 'no overrides'}: {message}.")
 
     parser.error = refuse
     try:
@@ -109,6 +111,12 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunAr
         check_keys({text[2:].partition("=")[0]: None for text in unknown}, "the command line")
         raise ConfigError(f"The command line has left over: {' '.join(rest)}. Write overrides as `--key value`.")
     return tuple(parsed)
+
+
+def effective_settings(path: str | Path, overrides: Sequence[str], run: RunArguments, args: VTGRPOConfig) -> dict:
+    """The lines of a recipe with what the command line put in their place."""
+    given = [text[2:].partition("=")[0] for text in overrides if text.startswith("--")]
+    return read_yaml(Path(path)) | {key: getattr(run if hasattr(run, key) else args, key) for key in given}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

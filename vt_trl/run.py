@@ -16,7 +16,7 @@ from vt_trl.config import VTGRPOConfig
 from vt_trl.data import load_rows, require_good_rows
 from vt_trl.errors import ConfigError
 from vt_trl.families import Family, family_of
-from vt_trl.recipe import RunArguments, parse_recipe
+from vt_trl.recipe import RunArguments, effective_settings, parse_recipe
 from vt_trl.trainer import VTGRPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -29,14 +29,13 @@ def train(recipe: str | Path, overrides: Sequence[str] = (), **trainer_arguments
     """
     run, args = parse_recipe(recipe, overrides)
     trainer = make_trainer(run, args, **trainer_arguments)
+    trainer.note_keeper.describe(effective_settings(recipe, overrides, run, args), run)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.end_in_order.asked:
         return trainer  # there may be seconds left: the checkpoint is saved, and that is enough
     if args.eval_strategy != "no" or run.eval_dataset:
         trainer.evaluate()
-    trainer.save_model(args.output_dir)
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    trainer.save_model(args.output_dir)  # and, with push_to_hub, push it
     return trainer
 
 

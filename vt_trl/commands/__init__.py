@@ -25,5 +25,6 @@ COMMANDS: dict[str, Command] = {
         "will it fit? memory, tokens and seconds of a recipe, without a GPU", "vt_trl.commands.preflight"
     ),
     "prepare": Command("make rows: import, check, filter and more", "vt_trl.commands.prepare"),
+    "export": Command("a run or a checkpoint as a folder for the Hub, and push it", "vt_trl.commands.export"),
     "judge-agreement": Command("compare judges on labelled rows", "vt_trl.commands.judge_agreement"),
 }

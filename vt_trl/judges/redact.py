@@ -11,9 +11,14 @@ _LOOKS_LIKE_A_KEY = re.compile(
 _LONGEST = 300
 
 
-def redacted(text: str, secrets: Iterable[str] = ()) -> str:
-    """One line of at most 300 characters without the ``secrets`` and without anything that looks like a key."""
+def without_keys(text: str, secrets: Iterable[str] = ()) -> str:
+    """The text without the ``secrets`` and without anything that looks like a key."""
     for secret in secrets:
         text = text.replace(secret, "***")
-    text = " ".join(_LOOKS_LIKE_A_KEY.sub("***", text).split())
+    return _LOOKS_LIKE_A_KEY.sub("***", text)
+
+
+def redacted(text: str, secrets: Iterable[str] = ()) -> str:
+    """One line of at most 300 characters without the ``secrets`` and without anything that looks like a key."""
+    text = " ".join(without_keys(text, secrets).split())
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
