@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from torch import nn
 from transformers import GenerationConfig
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
@@ -23,7 +22,7 @@ from vt_trl.card import render_card
 from vt_trl.checkpoints import MANIFEST, write_manifest
 from vt_trl.errors import HubError
 from vt_trl.judges.redact import redacted
-from vt_trl.run_notes import secrets_of
+from vt_trl.run_notes import NoteKeeper, secrets_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,18 @@ def generation_settings(banned: list[int], stop: list[int], pad: int, repetition
 
 
 class HubTrainer:
-    """Mixin for a GRPO trainer with a :class:`~vt_trl.run_notes.NoteKeeper`: cards, complete folders, pushing."""
+    """Mixin for a GRPO trainer: notes of the run, a card next to all weights, and pushing.
+
+    ``_saving`` says that a checkpoint is being written in the staging folder.
+    """
+
+    _saving = False
+    _tags: tuple[str, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.note_keeper = NoteKeeper(self)
+        self.add_callback(self.note_keeper)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """TRL's, with card, notes and generation settings; outside a checkpoint the list of files is written last."""
@@ -107,21 +117,14 @@ class HubTrainer:
         """Write our card and the notes into the output folder; TRL calls it before a checkpoint and before a push."""
         if self.is_world_process_zero():
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            self._write_card(Path(self.args.output_dir), [tags] if isinstance(tags, str) else tags or [])
+            self._tags = (tags,) if isinstance(tags, str) else tuple(tags or self._tags)
+            self._write_card(Path(self.args.output_dir))
 
-    def _write_card(self, folder: Path, tags: list[str] | tuple[str, ...] = ()) -> None:
+    def _write_card(self, folder: Path) -> None:
         notes = self.note_keeper.current()
         notes.write(folder)
         name = self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).name
-        (folder / "README.md").write_text(render_card(notes, name, tags=tags), encoding="utf-8")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.note_keeper.restore(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.note_keeper.best_loaded = True
+        (folder / "README.md").write_text(render_card(notes, name, tags=self._tags), encoding="utf-8")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         if self.is_world_process_zero():
@@ -137,9 +140,10 @@ class HubTrainer:
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **_: Any,
+        tags: str | list[str] | None = None,
     ) -> Any:
-        """Save the model and push it. Raises HubError, with the model saved."""
+        """Save the model and push it, with ``tags`` in its card. Raises HubError, with the model saved."""
+        self._tags = (tags,) if isinstance(tags, str) else tuple(tags or self._tags)
         self.save_model(_internal_call=True)
         return self._push_saved(Path(self.args.output_dir), commit_message, blocking, token, revision, private)
 
@@ -168,13 +172,6 @@ class HubTrainer:
                 f"The model is saved in {folder}, but not on the Hub. {error} When the Hub answers: "
                 f"`vt-trl export {folder} --push {repo}`."
             ) from error
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.push_to_hub and self.args.save_total_limit:
-            self._finish_current_push()  # of a checkpoint that may be deleted now
-        super()._save_checkpoint(model, trial)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a complete checkpoint in the background; transformers calls this while it is still being written."""

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vt_trl.checkpoints import STAGING, checkpoints_in, clear_staging, not_saved, put_in_place, resume_path, rotate
+from vt_trl.hub import HubTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +31,8 @@ _BUFFER = "vt_trl_rollouts_{rank}.pt"
 _STATE = "vt_trl_state.json"
 
 
-class ResumableTrainer:
+class ResumableTrainer(HubTrainer):
     """Mixin for a GRPO trainer: checkpoints by :mod:`vt_trl.checkpoints`, and the buffer of rollouts in them."""
-
-    _saving = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """TRL's, from the newest complete checkpoint when ``resume_from_checkpoint`` is true."""
@@ -55,6 +54,7 @@ class ResumableTrainer:
             load_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+        self.note_keeper.best_loaded = True
 
     def _has_plain_weights(self, model: nn.Module) -> bool:
         """Neither adapters nor shards, which have files and loaders of their own."""
@@ -68,6 +68,8 @@ class ResumableTrainer:
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"
         staged = Path(self.args.output_dir) / STAGING / name
+        if self.args.push_to_hub and self.args.save_total_limit:
+            self._finish_current_push()  # of a checkpoint that may be deleted now
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
@@ -84,6 +86,8 @@ class ResumableTrainer:
             (staged / _STATE).write_text(json.dumps(own) + "\n", encoding="utf-8")
             put_in_place(self.args.output_dir, name)
             rotate(self.args.output_dir, self.args.save_total_limit, [self.state.best_model_checkpoint])
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(os.path.join(self.args.output_dir, name))
         self.accelerator.wait_for_everyone()
 
     def _name_best(self, staged: Path) -> None:
@@ -106,6 +110,7 @@ class ResumableTrainer:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self.note_keeper.restore(checkpoint)
         own = Path(checkpoint) / _STATE
         if own.is_file():
             self.alarm.restore(json.loads(own.read_text(encoding="utf-8"))["alarm"])

@@ -192,7 +192,6 @@ class NoteKeeper(TrainerCallback):
             base_model=place(str(getattr(trainer.model.config, "_name_or_path", "") or "")),
             hardware=dict(Counter(gather_object([_device(trainer.accelerator.device)]))),
             versions=versions(),
-            environment=environment_facts(trainer.runner.environment(), trainer.args),
         )
         sets = {"training": trainer.train_dataset, "evaluation": trainer.eval_dataset}
         self.notes.data = [{"name": "", "use": use, "rows": len(rows)} for use, rows in sets.items() if rows]
@@ -244,6 +243,7 @@ class NoteKeeper(TrainerCallback):
     def current(self) -> RunNotes:
         """The notes as of now, for the weights as of now."""
         state, notes = self.trainer.state, self.notes
+        notes.environment = environment_facts(self.trainer.runner.environment(), self.trainer.args)
         notes.seconds, notes.metrics = round(self._seconds(), 1), summary(state.log_history)
         if state.best_global_step:
             metric = self.trainer.args.metric_for_best_model

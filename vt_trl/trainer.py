@@ -37,7 +37,6 @@ from vt_trl.fused_head import labelled_positions_only
 from vt_trl.generation.backends import hf_backend, vllm_backend
 from vt_trl.generation.base import Backend, SamplingSettings
 from vt_trl.groups import Group, Refiller, effective_share, score_groups, set_advantages, without_loss
-from vt_trl.hub import HubTrainer
 from vt_trl.metrics import RolloutRecord, mean
 from vt_trl.packing import pack
 from vt_trl.passes import add_logprobs
@@ -45,7 +44,6 @@ from vt_trl.recorder import Recorder
 from vt_trl.resume import EndInOrder, ResumableTrainer
 from vt_trl.rewards import make_rewards
 from vt_trl.rollout import Limits, RolloutRunner
-from vt_trl.run_notes import NoteKeeper
 from vt_trl.token_ban import ban_tokens
 from vt_trl.types import Rollout, RolloutStatus
 
@@ -56,7 +54,7 @@ PHASES = [f"time/{name}_seconds" for name in ("rollout", "logprob", "score")]
 PER_SEQUENCE_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
 
 
-class VTGRPOTrainer(HubTrainer, ResumableTrainer, GRPOTrainer):
+class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
     """GRPO over multi-turn episodes with pictures.
 
     Args:
@@ -107,8 +105,6 @@ class VTGRPOTrainer(HubTrainer, ResumableTrainer, GRPOTrainer):
         self._setup_rollouts(args, environment, backend, use_vllm)
         self.alarm = CollapseAlarm(self, args, has_tool=self.runner.environment().max_turns > 1)
         self.add_callback(self.alarm)
-        self.note_keeper = NoteKeeper(self)
-        self.add_callback(self.note_keeper)
 
     def _find_correctness(self, args: VTGRPOConfig) -> int:
         if args.correctness_reward in self.reward_func_names:
