@@ -17,10 +17,9 @@ from published import TOKEN, finish, untrained
 
 from vt_trl import cli
 from vt_trl.checkpoints import problem_with
-from vt_trl.config import VTGRPOConfig
-from vt_trl.errors import ConfigError, HubError
+from vt_trl.errors import ConfigError
 from vt_trl.export import export
-from vt_trl.hub import published_files
+from vt_trl.hub import HubError, published_files
 from vt_trl.recipe import parse_recipe
 
 
@@ -123,7 +122,7 @@ def test_a_run_pushes_its_checkpoints_and_its_model(hub, checkpoint, tmp_path, c
     settings = hub_settings | {"hub_strategy": "checkpoint", "hub_always_push": True}
     caplog.set_level("DEBUG")
     run = finish(checkpoint, tmp_path, **settings)
-    assert run.trainer.args.hub_token == TOKEN  # it was there to be leaked
+    assert run.trainer._hub_token == TOKEN  # it was there to be leaked
     assert hub.created[0]["name"] == "tiny" and (hub.created[0].get("private") or hub.created[0].get("visibility"))
     model = {name: data for name, data in hub.files.items() if "/" not in name}
     assert set(model) == {path.name for path in published_files(run.out)}
@@ -206,11 +205,14 @@ def test_an_export_that_cannot_be_pushed_is_kept(hub, finished, tmp_path, monkey
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_settings_are_pickled_and_shown_without_the_token(tmp_path):
-    args = VTGRPOConfig(str(tmp_path), use_cpu=True, hub_token=TOKEN, per_device_train_batch_size=8)
-    assert args.hub_token == TOKEN
-    assert TOKEN.encode() not in pickle.dumps(args)
+def test_a_trainers_settings_are_pickled_and_shown_without_the_token(caller, tmp_path):
+    trainer = untrained(caller, tmp_path, hub_token=TOKEN)
+    args = trainer.args
+    assert trainer._hub_token == TOKEN and TOKEN.encode() not in pickle.dumps(args)
     assert TOKEN not in f"{args}{args!r}{args.to_dict()}{args.to_json_string()}{args.to_sanitized_dict()}"
+
+
+def test_a_token_on_a_wrong_command_line_is_not_repeated(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: m\ndataset: d\n")
     for given in (["--hub_token", TOKEN], [f"--hub_token={TOKEN}"]):

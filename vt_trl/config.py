@@ -146,12 +146,6 @@ class VTGRPOConfig(GRPOConfig):
         self._check_whole_groups()
         self._check_eval_groups()
 
-    __repr__ = GRPOConfig.__str__  # without tokens; the one a dataclass gets by itself prints them
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the Hub's token: transformers pickles the settings next to every checkpoint."""
-        return {**self.__dict__, "hub_token": None}
-
     def _check_unsupported(self) -> None:
         for name, (default, why) in _UNSUPPORTED.items():
             value = getattr(self, name, default)

@@ -53,7 +53,3 @@ class SamplingShortfall(RuntimeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written. The message names the last complete one and what to do."""
-
-
-class HubError(RuntimeError):
-    """The Hub could not be reached or refused. The message says where the files lie and how to push them; no token."""

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from vt_trl.card import render_card
 from vt_trl.checkpoints import MANIFEST, checkpoints_in, last_checkpoint, problem_with
-from vt_trl.errors import ConfigError, HubError
+from vt_trl.errors import ConfigError
 from vt_trl.families import family_of
-from vt_trl.hub import generation_settings, open_repo, published_files, upload
+from vt_trl.hub import HubError, generation_settings, open_repo, published_files, upload
 from vt_trl.run_notes import RunNotes
 
 logger = logging.getLogger(__name__)

@@ -20,11 +20,16 @@ from transformers.utils import PushInProgress
 from vt_trl import __version__
 from vt_trl.card import render_card
 from vt_trl.checkpoints import MANIFEST, write_manifest
-from vt_trl.errors import HubError
+from vt_trl.errors import CheckpointError
 from vt_trl.judges.redact import redacted
 from vt_trl.run_notes import NoteKeeper, secrets_of
 
 logger = logging.getLogger(__name__)
+
+
+class HubError(CheckpointError):
+    """The Hub could not be reached or refused. The message says where the files lie and how to push them; no token."""
+
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 PUBLISHED = (
@@ -90,6 +95,8 @@ class HubTrainer:
     _tags: tuple[str, ...] = ()
 
     def __init__(self, *args: Any, **kwargs: Any):
+        # Settings are pickled next to every checkpoint, logged and printed; the token is needed here alone.
+        self._hub_token, kwargs["args"].hub_token = kwargs["args"].hub_token, None
         super().__init__(*args, **kwargs)
         self.note_keeper = NoteKeeper(self)
         self.add_callback(self.note_keeper)
@@ -130,7 +137,7 @@ class HubTrainer:
         if self.is_world_process_zero():
             name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
             private = self.args.hub_private_repo if private is None else private
-            self.hub_model_id = open_repo(name, token or self.args.hub_token, private)
+            self.hub_model_id = open_repo(name, token or self._hub_token, private)
             self.push_in_progress = None
 
     def push_to_hub(
@@ -159,7 +166,7 @@ class HubTrainer:
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not self.is_world_process_zero():
             return None
-        token = token or self.args.hub_token
+        token = token or self._hub_token
         try:
             if self.hub_model_id is None:
                 self.init_hf_repo(token, private)
@@ -183,7 +190,7 @@ class HubTrainer:
         self._finish_current_push()
         self.callback_handler.on_push_begin(args, self.state, self.control)
         message = f"Training in progress, step {self.state.global_step}"
-        common = {"token": args.hub_token, "run_as_future": True, "revision": args.hub_revision}
+        common = {"token": self._hub_token, "run_as_future": True, "revision": args.hub_revision}
         jobs = [upload(checkpoint_folder, self.hub_model_id, message, **common)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):  # to resume from: every file
             last = args.hub_strategy == HubStrategy.CHECKPOINT
@@ -202,5 +209,5 @@ class HubTrainer:
         for job in push.jobs:
             error = job.exception()
             if error is not None:
-                why = _why(error, self.args.hub_token)
+                why = _why(error, self._hub_token)
                 logger.warning(f"A checkpoint was not pushed to {self.hub_model_id}: {why}. It is kept on the disk.")

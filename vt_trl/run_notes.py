@@ -82,9 +82,9 @@ class RunNotes:
         (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def secrets_of(args: Any = None) -> list[str]:
+def secrets_of(trainer: Any = None) -> list[str]:
     """Texts that must not be published: tokens of this process, and what its environment calls a key."""
-    found = {getattr(args, "hub_token", None), get_token()}
+    found = {getattr(trainer, "_hub_token", None), get_token()}
     found |= {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
     return sorted((text for text in found if text and len(text) >= 6), key=len, reverse=True)
 
@@ -201,7 +201,7 @@ class NoteKeeper(TrainerCallback):
 
     def describe(self, recipe: Mapping[str, Any], run: Any) -> None:
         """Add what only a recipe knows: itself, and where model and rows came from."""
-        secrets = secrets_of(self.trainer.args)
+        secrets = secrets_of(self.trainer)
         self.notes.recipe = cleaned(recipe, secrets)
         for name in ("model", "dataset", "eval_dataset"):
             if isinstance(self.notes.recipe.get(name), str):
@@ -232,7 +232,7 @@ class NoteKeeper(TrainerCallback):
         pairs = zip(self.trainer.last_rollouts, self.trainer.recorder.last_records, strict=True)
         best = max(pairs, key=lambda pair: _rank(pair[1]), default=None)
         if best and (self.notes.example is None or _rank(best[1])[:3] >= self.notes.example["rank"][:3]):
-            self.notes.example = example_of(*best, step=state.global_step, secrets=secrets_of(args))
+            self.notes.example = example_of(*best, step=state.global_step, secrets=secrets_of(self.trainer))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._before, self._since = self._seconds(), None
