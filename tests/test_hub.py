@@ -190,6 +190,17 @@ def test_an_outage_after_training(hub, caller, tmp_path):
     saved_and_complete(tmp_path / "out")
 
 
+def test_a_checkpoint_that_was_not_pushed_is_a_warning(hub, caller, tmp_path, caplog):
+    settings = {"push_to_hub": True, "hub_model_id": "me/tiny", "hub_token": TOKEN, "hub_strategy": "every_save"}
+    trainer = untrained(caller, tmp_path, **settings)
+    hub.refuse["/commit/"] = 403
+    trainer.save_model(str(tmp_path / "checkpoint-0"), _internal_call=True)
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-0"))
+    trainer._finish_current_push()
+    assert "A checkpoint was not pushed to me/tiny" in caplog.text and "403" in caplog.text
+    assert TOKEN not in caplog.text and hub.files == {}
+
+
 def test_a_refused_token_is_known_before_training(hub, caller, tmp_path):
     hub.refuse |= {"/repos/create": 401, "/api/models/": 401}
     with pytest.raises(HubError, match="does not open the repository 'me/tiny'.*401") as raised:

@@ -26,11 +26,6 @@ from vt_trl.run_notes import NoteKeeper, secrets_of
 
 logger = logging.getLogger(__name__)
 
-
-class HubError(CheckpointError):
-    """The Hub could not be reached or refused. The message says where the files lie and how to push them; no token."""
-
-
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 PUBLISHED = (
     *WEIGHTS,
@@ -41,6 +36,10 @@ PUBLISHED = (
     *("special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
+
+
+class HubError(CheckpointError):
+    """The Hub could not be reached or refused. The message says where the files lie and how to push them; no token."""
 
 
 def published_files(folder: str | Path) -> list[Path]:
