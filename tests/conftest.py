@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp(prefix="vt_trl_trackio_"))  # read when trackio is imported
 
 import hypothesis
 import numpy as np

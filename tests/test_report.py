@@ -16,7 +16,8 @@ from PIL import Image
 
 from vt_trl.envs.base import system, user
 from vt_trl.metrics import RolloutRecord
-from vt_trl.report import Episode, choose_episodes, plot_request_rates, tokens_per_image, write_report
+from vt_trl.report import Episode, choose_episodes, plot_request_rates, write_report
+from vt_trl.transcripts.record import tokens_per_image
 from vt_trl.types import Fault, ImagePart, Message, Rollout, RolloutStatus, TextPart, Turn
 
 PAD = 7  # the image placeholder in the hand-drawn ids

@@ -6,31 +6,20 @@ untrusted: the template escapes all of it, and the page forbids scripts. Needs `
 
 from __future__ import annotations
 
-import base64
-import io
-import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vt_trl.metrics import RolloutRecord
 from vt_trl.plots import plot_history, plot_request_rates
-from vt_trl.types import ImagePart, Message, Rollout
-
-try:
-    import jinja2
-except ImportError as error:
-    raise ImportError(f"{error}. A report needs more packages: pip install 'vt-trl[report]'.") from error
+from vt_trl.transcripts.record import Transcript
+from vt_trl.transcripts.show import NOTHING, data_uri, environment, is_number, number, render_transcript, share
+from vt_trl.types import Rollout
 
 __all__ = ["CURVES", "HEADLINE", "Episode", "choose_episodes", "plot_request_rates", "write_report"]
 
-NOTHING = "–"  # stands where a number is missing
 CURVES = (  # title, and the key of TRL's log history; ``key/<data_source>`` is drawn with it
     ("Reward", "reward"),
     ("Share of rollouts that asked for the full picture", "request_rate"),
@@ -45,7 +34,6 @@ HEADLINE = (  # row of the table, its key in ``before`` and ``after``, and the k
     ("Visual tokens per question", "visual_tokens_mean", "", "visual_tokens_always_full"),
 )
 _IN_TEXT = {"before", "after", "control", "title", *(key for row in HEADLINE for key in row[2:])}
-_PICTURE_SIDE = 240  # small pictures are enlarged towards this, in CSS pixels
 
 
 @dataclass(frozen=True)
@@ -107,39 +95,30 @@ def write_report(
         episodes: printed in this order, all of them, pictures as PNG at the size shown (:func:`choose_episodes`).
         curves: title and key of each plot; a key that the history lacks is left out.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vt_trl"), autoescape=True, undefined=jinja2.ChainableUndefined, trim_blocks=True
-    )
-    environment.filters |= {"share": _share, "number": _number}
     shown = [episode if isinstance(episode, Episode) else Episode(*episode) for episode in episodes]
-    text = environment.get_template("report.html.j2").render(
-        title=title,
-        facts=facts,
-        headline=[_headline_row(facts, *row) for row in HEADLINE],
-        run={
-            name.replace("_seconds", "_time").replace("_", " "): _words(name, facts[name])
-            for name in facts
-            if name not in _IN_TEXT
-        },
-        plots=[plot for curve in curves if (plot := _plot(history, *curve))],
-        episodes=[_episode_view(episode) for episode in shown],
+    text = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            facts=facts,
+            headline=[_headline_row(facts, *row) for row in HEADLINE],
+            run={
+                name.replace("_seconds", "_time").replace("_", " "): _words(name, facts[name])
+                for name in facts
+                if name not in _IN_TEXT
+            },
+            plots=[plot for curve in curves if (plot := _plot(history, *curve))],
+            episodes=[
+                render_transcript(Transcript.of(episode.rollout, episode.record), label=episode.label)
+                for episode in shown
+            ],
+        )
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text.encode("utf-8", "backslashreplace"))  # JSON can smuggle in lone surrogates
     return path
-
-
-def _share(value: Any) -> str:
-    return f"{100 * value:.1f} %" if _is_number(value) else NOTHING
-
-
-def _number(value: Any, digits: int = 1, sign: str = "") -> str:
-    return f"{value:{sign}.{digits}f}" if _is_number(value) else NOTHING
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _words(name: str, value: Any) -> str:
@@ -148,84 +127,20 @@ def _words(name: str, value: Any) -> str:
         return ", ".join(f"{key} {_words('', item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_words("", item) for item in value)
-    if not _is_number(value) or isinstance(value, bool):
+    if not is_number(value) or isinstance(value, bool):
         return NOTHING if value is None or isinstance(value, float) else str(value)  # a float here is NaN or infinite
     if name.endswith("_seconds"):
         return f"{int(value) // 60} min {int(value) % 60} s" if value >= 60 else f"{value:.1f} s"
-    return _share(value) if name.endswith("_share") else f"{value:g}" if isinstance(value, float) else str(value)
+    return share(value) if name.endswith("_share") else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _headline_row(facts: Mapping[str, Any], label: str, key: str, low: str, full: str) -> list[str]:
     """The label and the cells before, after, always low, always full."""
     values = [(facts.get(when) or {}).get(key) for when in ("before", "after")] + [facts.get(low), facts.get(full)]
-    return [label, *(_number(value) if key == "visual_tokens_mean" else _share(value) for value in values)]
+    return [label, *(number(value) if key == "visual_tokens_mean" else share(value) for value in values)]
 
 
 def _plot(history: Sequence[Mapping[str, Any]], title: str, key: str) -> dict[str, str] | None:
     """A curve as a picture with a description of it; None when nothing was logged under ``key``."""
     drawn = plot_history(history, title, key)
-    return drawn and {"title": title, "src": _uri("svg+xml", drawn.svg), "summary": drawn.summary}
-
-
-def _episode_view(episode: Episode) -> dict[str, Any]:
-    """What the template prints of an episode: plain texts, numbers as texts, pictures as URIs."""
-    rollout, record = episode.rollout, episode.record
-    largest = max((side for image in rollout.images for side in image.size), default=1)
-    scale = min(max(_PICTURE_SIDE // largest, 1), 8)  # one for all, so that a low view looks as small as it is
-    tokens, turns = iter(tokens_per_image(rollout)), iter(rollout.turns)
-    steps = []
-    for position, message in enumerate(rollout.messages):
-        prompt = position < rollout.prompt_messages
-        turn = None if prompt or message.role != "assistant" else next(turns, None)
-        steps.append({"message": message, "prompt": prompt, "turn": turn, "parts": _parts(message, tokens, scale)})
-    answer = rollout.row.get("answer", "")
-    return {
-        "label": episode.label,
-        "record": record,
-        "detail": rollout.detail,
-        "steps": steps,
-        "question": rollout.row.get("question", ""),
-        "gold": [answer] if isinstance(answer, str) else list(answer),
-        "answer": rollout.answer,
-        "verdict": {True: "right", False: "wrong", None: "not judged"}[record.correct],
-    }
-
-
-def _parts(message: Message, tokens: Iterable[int], scale: int) -> list[dict[str, Any]]:
-    """Texts and pictures of a message in order. ``tokens``: visual tokens of the pictures still to come."""
-    parts, tokens = [], iter(tokens)
-    for part in message.parts:
-        if isinstance(part, ImagePart):
-            width, height = part.image.size
-            size = {"width": width, "height": height, "css": (width * scale, height * scale)}
-            parts.append(size | {"src": _png(part.image), "tokens": next(tokens, None), "pixelated": scale > 1})
-        else:
-            parts.append({"text": part.text})
-    return parts
-
-
-def tokens_per_image(rollout: Rollout) -> list[int]:
-    """Visual tokens of each picture of a rollout, read off the runs of the placeholder in its ids.
-
-    The placeholder is the id that occurs ``visual_tokens`` times in as many runs as there are pictures. Where that is
-    ambiguous, the tokens are shared out by area.
-    """
-    runs: dict[int, list[int]] = defaultdict(list)
-    for token, run in groupby([*rollout.prompt_ids, *rollout.completion_ids]):
-        runs[token].append(len(list(run)))
-    wanted = len(rollout.images), rollout.visual_tokens
-    found = {tuple(lengths) for lengths in runs.values() if (len(lengths), sum(lengths)) == wanted}
-    if len(found) == 1:
-        return list(found.pop())
-    areas = [image.width * image.height for image in rollout.images]
-    return [round(rollout.visual_tokens * area / sum(areas)) for area in areas]
-
-
-def _uri(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def _png(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return _uri("png", file.getvalue())
+    return drawn and {"title": title, "src": data_uri("svg+xml", drawn.svg), "summary": drawn.summary}

@@ -26,5 +26,6 @@ COMMANDS: dict[str, Command] = {
     ),
     "prepare": Command("make rows: import, check, filter and more", "vt_trl.commands.prepare"),
     "export": Command("a run or a checkpoint as a folder for the Hub, and push it", "vt_trl.commands.export"),
+    "view": Command("look at the rollouts of a run in a browser", "vt_trl.commands.view"),
     "judge-agreement": Command("compare judges on labelled rows", "vt_trl.commands.judge_agreement"),
 }

@@ -11,7 +11,7 @@ import asyncio
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class JudgeReward:
         cases = self._cases(completions, answer, **columns)
         began = time.perf_counter()
         judgements = self._submit(self._judge(cases)).result()
-        return self._scores(cases, judgements, time.perf_counter() - began, columns.get("log_metric"))
+        return self._scores(cases, judgements, time.perf_counter() - began, columns)
 
     def judgements(self, cases: Sequence[Case]) -> list[Judgement]:
         """Judgements of cases, for tools that want the verdict and its reason."""
@@ -145,13 +145,17 @@ class JudgeReward:
         cases: Sequence[Case | None],
         judgements: list[Judgement],
         waited: float,
-        log_metric: Callable[[str, float], Any] | None,
+        columns: Mapping[str, Any],
     ) -> list[float | None]:
         self._raise_broken()
         self.judge.forget_failures()
         failed = [j for case, j in zip(cases, judgements, strict=True) if case and j.verdict is Verdict.FAILED]
         judged = sum(case is not None for case in cases)
         self._guard(judged, failed)
+        log_metric, log_extra = columns.get("log_metric"), columns.get("log_extra")
+        if log_extra is not None:
+            log_extra("verdict", [judgement.verdict.value for judgement in judgements])
+            log_extra("verdict_reason", [judgement.detail for judgement in judgements])
         if log_metric is not None:
             for name, value in self._numbers(judged, len(failed), waited).items():
                 log_metric(name, value)
@@ -199,7 +203,7 @@ class AsyncJudgeReward(JudgeReward):
         cases = self._cases(completions, answer, **columns)
         began = time.perf_counter()
         judgements = await asyncio.wrap_future(self._submit(self._judge(cases)))
-        return self._scores(cases, judgements, time.perf_counter() - began, columns.get("log_metric"))
+        return self._scores(cases, judgements, time.perf_counter() - began, columns)
 
 
 def _last_reply(messages: list[dict[str, Any]] | str) -> str:
