@@ -115,7 +115,7 @@ WRONG = {
     "greedy groups": (["num_generations_eval: 4"], "is 4.*set it to 1, or set eval_greedy: false"),
     "cold": (["temperature: 0"], "temperature is 0.*Set it above 0"),
     "top_p with vLLM": (["top_p: 0.9", "use_vllm: true"], "top_p is set: vLLM.*importance ratio"),
-    "server": (["vllm_mode: server"], "vllm_mode is set to 'server', which has no effect here"),
+    "server": (["vllm_mode: server", "vllm_tensor_parallel_size: 2"], "the server's own command line"),
     "frozen and adapter": (["lora: language", "train_vision: false"], "Remove train_vision"),
     "correctness": (["rewards: [format]"], r"correctness_reward is 'accuracy', but rewards are \['format'\]"),
     "weights": (["reward_weights: [1.0]"], r"reward_weights has 1 numbers for 2 rewards \(accuracy, format\)"),

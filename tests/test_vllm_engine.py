@@ -14,8 +14,10 @@ from PIL import Image
 from trl.distributed import DistributedBackend
 
 from vt_trl.errors import ConfigError
-from vt_trl.generation.vllm import collapse_runs, content_id, placeholder_runs
+from vt_trl.generation.vllm import collapse_runs
+from vt_trl.generation.vllm_common import content_id
 from vt_trl.generation.vllm_engine import ColocatedEngine, random_state_kept
+from vt_trl.packing import placeholder_runs
 
 
 def stand_in(model, load_weights, calls):
@@ -66,7 +68,7 @@ def test_caches_that_vllm_refuses_to_reset_raise():
         engine.sync_weights()
 
 
-@pytest.mark.parametrize("wrong", [{"mode": "server"}, {"tensor_parallel_size": 2}])
+@pytest.mark.parametrize("wrong", [{"mode": "server"}, {"tensor_parallel_size": 2}])  # of one process
 def test_settings_that_cannot_work_are_refused_before_anything_loads(wrong):
     with pytest.raises(ConfigError, match=f"vllm_{next(iter(wrong))}"):
         ColocatedEngine(model=None, accelerator=Accelerator(cpu=True), processing_class=None, **wrong)

@@ -16,8 +16,6 @@ from vt_trl.rewards import PENALTIES, make_rewards
 # Settings of stock TRL that this trainer would ignore; accepting them silently would be a lie.
 _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "use_transformers_continuous_batching": (False, "it cannot take images; set use_vllm: true instead"),
-    "vllm_mode": ("colocate", "this version generates with vLLM in the training process"),
-    "vllm_tensor_parallel_size": (1, "this version runs one engine per process"),
     "vllm_structured_outputs_regex": (None, "turns are free text that the environment parses"),
     "multi_objective_aggregation": ("sum_then_normalize", "the penalty is defined on summed rewards"),
     "log_multimodal": (None, "pictures are not logged; TRL's default is accepted and ignored"),
@@ -161,6 +159,13 @@ class VTGRPOConfig(GRPOConfig):
                 f"knows none, and the importance ratio between them is wrong. Remove it, or set "
                 f"vllm_importance_sampling_correction: false."
             )
+        idle = {"vllm_tensor_parallel_size": 1, "vllm_enable_sleep_mode": False}
+        for name, default in idle.items():
+            if self.vllm_mode == "server" and getattr(self, name) != default:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)} and vllm_mode is server: the server's own command line sets how "
+                    f"its GPUs are used. Remove it here."
+                )
         if self.temperature <= 0:
             raise ConfigError(
                 f"temperature is {self.temperature}: a group of equal rollouts teaches nothing. Set it above 0 "

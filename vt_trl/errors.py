@@ -1,4 +1,4 @@
-"""The two ways a user's input can be wrong: the configuration, or the data."""
+"""What can go wrong: a setting, the data, or something a run depends on."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ def where(row: int | None, id: str | None) -> str:
 
 class JudgeOutage(RuntimeError):
     """Too many verdicts could not be had. The message holds the share, the last error and what to do; never a key."""
+
+
+class EngineOutage(RuntimeError):
+    """The engine that samples turns cannot be reached or has given up. The message says where it is and what to do."""
 
 
 class SamplingShortfall(RuntimeError):

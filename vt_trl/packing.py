@@ -46,9 +46,20 @@ def check_alignment(rollout: Rollout, features: ImageFeatures, image_token_id: i
         )
 
 
+def placeholder_spans(token_ids: Sequence[int], image_token_id: int) -> list[tuple[int, int]]:
+    """(start, end) of each run of ``image_token_id``, in order: one run per picture, as long as its visual tokens."""
+    spans, start = [], 0
+    for token, run in groupby(token_ids):
+        end = start + len(list(run))
+        if token == image_token_id:
+            spans.append((start, end))
+        start = end
+    return spans
+
+
 def placeholder_runs(token_ids: Sequence[int], image_token_id: int) -> list[int]:
-    """Length of each run of ``image_token_id``, in order: one run per picture, as long as its visual tokens."""
-    return [len(list(run)) for token, run in groupby(token_ids) if token == image_token_id]
+    """Length of each run of ``image_token_id``, in order."""
+    return [end - start for start, end in placeholder_spans(token_ids, image_token_id)]
 
 
 def pack(

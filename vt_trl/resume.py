@@ -118,7 +118,9 @@ class ResumableTrainer(HubTrainer):
         self._step = state["global_step"] * self.args.gradient_accumulation_steps
         path = Path(checkpoint) / _BUFFER.format(rank=self.accelerator.process_index)
         if path.is_file():
-            kept = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            device = self.accelerator.device
+            device = "cpu" if device.type == "cpu" else device  # torch does not know cpu:0 here
+            kept = torch.load(path, map_location=device, weights_only=True)
             self._step, self._buffered_inputs = kept["step"], kept["inputs"]
         elif self._step % (self.args.steps_per_generation * self.num_iterations):
             logger.warning(

@@ -16,6 +16,7 @@ from vt_trl.chat import ChatEncoder, Encoded
 from vt_trl.envs.base import Environment, message
 from vt_trl.errors import DataError
 from vt_trl.generation.base import Backend, Request, Sample, SamplingSettings
+from vt_trl.generation.tensor_parallel import EngineGroup
 from vt_trl.types import Done, Fault, Message, Observation, Rollout, RolloutStatus, Turn
 
 
@@ -80,6 +81,7 @@ class RolloutRunner:
     ):
         self.environment = environment
         self.backend = backend
+        self.group: EngineGroup = getattr(backend, "group", EngineGroup())
         self.encoder = encoder
         self.stop_ids = set(stop_ids)
         self.limits = limits
@@ -94,8 +96,11 @@ class RolloutRunner:
         """``group_size`` rollouts of each row, those of a row side by side: ``len(rows) * group_size`` in all.
 
         ``on_finished`` is called with each rollout as soon as it ends, in no particular order, while others still run.
+        Processes that share an engine play the rows of all in step, and each gets its own.
         """
-        episodes = [episode for row in rows for episode in self._start(row, group_size)]
+        everyone, own = self.group.share(rows)
+        mine = range(own.start * group_size, own.stop * group_size)
+        episodes = [episode for row in everyone for episode in self._start(row, group_size)]
         finished: list[Rollout | None] = [None] * len(episodes)
         self.backend.begin(settings)
         try:
@@ -108,13 +113,14 @@ class RolloutRunner:
                     self._submit(index, episodes[index])
                 else:
                     finished[index] = rollout = self._finish(episodes[index], done)
-                    on_finished(rollout)
+                    if index in mine:
+                        on_finished(rollout)
         finally:
             self.backend.end()
         lost = [index for index, rollout in enumerate(finished) if rollout is None]
         if lost:
             raise RuntimeError(f"The backend ended with {len(lost)} of {len(episodes)} rollouts unfinished.")
-        return finished
+        return finished[mine.start : mine.stop]
 
     def _start(self, row: dict[str, Any], group_size: int) -> list[_Episode]:
         first = self.environment()

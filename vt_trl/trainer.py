@@ -44,6 +44,7 @@ from vt_trl.recorder import Recorder
 from vt_trl.resume import EndInOrder, ResumableTrainer
 from vt_trl.rewards import make_rewards
 from vt_trl.rollout import Limits, RolloutRunner
+from vt_trl.sharding import unsharded
 from vt_trl.token_ban import ban_tokens
 from vt_trl.types import Rollout, RolloutStatus
 
@@ -165,7 +166,8 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
 
     @contextmanager
     def generation_model(self) -> Iterator[nn.Module]:
-        """The policy, gathered from its shards and with gradient checkpointing off."""
+        """The policy, gathered from its shards and with gradient checkpointing off. A collective."""
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -174,6 +176,7 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as policy,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            unsharded(self.model_wrapped, not fsdp or bool(fsdp.reshard_after_forward)),
         ):
             yield policy
 

@@ -27,32 +27,47 @@ def hf_backend(trainer: VTGRPOTrainer) -> HFBackend:
 
 
 def vllm_backend(trainer: VTGRPOTrainer, example: Environment) -> Backend:
-    """Turns sampled by vLLM in the training process, at sizes that fit the environment ``example``."""
+    """Turns sampled by vLLM, at sizes that fit the environment ``example``: in the training process or on a server."""
+    args = trainer.args
+    known = {
+        "image_token_id": trainer.image_token_id,
+        "eos_token_ids": trainer.stop_ids,
+        "banned_ids": trainer.banned_ids,
+        "weights_version": lambda: trainer.state.global_step,
+    }
+    model = {
+        "model": trainer.model,
+        "accelerator": trainer.accelerator,
+        "processing_class": trainer.processing_class,
+        "mode": args.vllm_mode,
+    }
+    if args.vllm_mode == "server":
+        from vt_trl.generation.vllm_server import ServerBackend, ServerEngine
+
+        trainer.vllm_generation = ServerEngine(
+            **model,
+            server_base_url=args.vllm_server_base_url,
+            server_host=args.vllm_server_host,
+            server_port=args.vllm_server_port,
+            server_timeout=args.vllm_server_timeout,
+            group_port=args.vllm_group_port,
+        )
+        return ServerBackend(trainer.vllm_generation, **known)
     from vt_trl.generation.vllm import ColocatedEngine, VLLMBackend
 
-    args = trainer.args
     trainer.vllm_generation = ColocatedEngine(
-        model=trainer.model,
-        accelerator=trainer.accelerator,
-        processing_class=trainer.processing_class,
-        mode=args.vllm_mode,
+        **model,
         max_images=example.max_turns,
         max_image_tokens=largest_image_tokens(trainer, example.max_image_pixels),
         tensor_parallel_size=args.vllm_tensor_parallel_size,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         max_model_length=args.vllm_max_model_length,
-        max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation,
+        max_num_seqs=args.per_device_train_batch_size * args.steps_per_generation * args.vllm_tensor_parallel_size,
         enable_sleep_mode=args.vllm_enable_sleep_mode,
         model_impl=args.vllm_model_impl,
         trust_remote_code=args.trust_remote_code,
     )
-    return VLLMBackend(
-        trainer.vllm_generation,
-        image_token_id=trainer.image_token_id,
-        eos_token_ids=trainer.stop_ids,
-        banned_ids=trainer.banned_ids,
-        weights_version=lambda: trainer.state.global_step,
-    )
+    return VLLMBackend(trainer.vllm_generation, **known)
 
 
 def largest_image_tokens(trainer: VTGRPOTrainer, max_pixels: int | None) -> int:

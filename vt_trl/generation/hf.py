@@ -6,7 +6,7 @@ Slower than vLLM by far; it is for CPUs, tests, evaluation of small sets, and ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class HFBackend:
 
     Args:
         model_context: opens a context that yields the model to generate with (gathered parameters, checkpointing off).
+            It is open from ``begin`` to ``end``: gathering is a collective, and processes differ in their rounds.
         features: preprocessed pictures, shared with the packer.
         pad_id, stop_ids, banned_ids, image_token_id: token ids.
         max_batch: sequences per ``generate`` call; bounds memory.
@@ -95,6 +96,8 @@ class HFBackend:
         self.max_batch = max_batch
         self._pending: list[Request] = []
         self._settings = SamplingSettings()
+        self._open = ExitStack()
+        self._model: Any = None
 
     @classmethod
     def for_model(cls, model: Any, features: ImageFeatures, **kwargs: Any) -> HFBackend:
@@ -102,24 +105,26 @@ class HFBackend:
         return cls(lambda: nullcontext(model), features, **kwargs)
 
     def begin(self, settings: SamplingSettings) -> None:
+        self.end()  # what an interrupted phase may have left
         self._settings = settings
-        self._pending.clear()
+        self._model = self._open.enter_context(self.model_context())
 
     def submit(self, request: Request) -> None:
         self._pending.append(request)
 
     def end(self) -> None:
         self._pending.clear()
+        self._model = None
+        self._open.close()
 
     def completed(self) -> Iterator[Sample]:
         while self._pending:
             requests, self._pending = self._pending, []
             # Neighbours in length share a batch, so that padding stays small.
             requests.sort(key=lambda request: (request.max_new_tokens, len(request.token_ids)))
-            with self.model_context() as model:
-                for start in range(0, len(requests), self.max_batch):
-                    # Handed over batch by batch: a judge can begin on the first while the others are generated.
-                    yield from self._generate(model, requests[start : start + self.max_batch])
+            for start in range(0, len(requests), self.max_batch):
+                # Handed over batch by batch: a judge can begin on the first while the others are generated.
+                yield from self._generate(self._model, requests[start : start + self.max_batch])
 
     @torch.no_grad()
     def _generate(self, model: Any, requests: list[Request]) -> list[Sample]:
@@ -127,8 +132,14 @@ class HFBackend:
         recorder = _BanAndRecord(self.banned_ids, self._settings.temperature or 1.0)
         config = self._generation_config(max(request.max_new_tokens for request in requests))
         with _own_generation_config(model, config):
-            output = model.generate(
-                **inputs, generation_config=config, logits_processor=LogitsProcessorList([recorder])
+            # The class's method: FSDP2 wraps the instance's so that weights are given up after each call. Not synced:
+            # weights are whole here, and processes that sample different numbers of turns would wait for each other.
+            output = type(model).generate(
+                model,
+                **inputs,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([recorder]),
+                synced_gpus=False,
             )
         recorder.gather(output)
         drawn = output[:, inputs["input_ids"].shape[1] :]  # (B, T)

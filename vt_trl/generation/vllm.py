@@ -5,23 +5,21 @@ The engine with its weights and its sleep is in :mod:`vt_trl.generation.vllm_eng
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
 
 from PIL import Image
 
 from vt_trl.generation.base import Request, Sample, SamplingSettings
+from vt_trl.generation.vllm_common import BAN, content_id
 from vt_trl.generation.vllm_engine import ColocatedEngine
 from vt_trl.packing import placeholder_runs
 
 __all__ = ["ColocatedEngine", "VLLMBackend"]
-
-BAN = -100.0  # what is added to the logit of a banned token: e^-100 of its probability is left
 
 
 class VLLMBackend:
@@ -44,22 +42,26 @@ class VLLMBackend:
         weights_version: Callable[[], int],
     ):
         self.engine = engine
+        self.group = engine.group
         self.image_token_id = image_token_id
         self.eos_token_ids = list(eos_token_ids)
         self.banned_ids = list(banned_ids)
         self.weights_version = weights_version
         self._pushed: int | None = None
         self._settings = SamplingSettings()
+        self._phase = ExitStack()
         self._names = count()  # vLLM's own request ids; the caller may reuse a sample's id for its next turn
         self._running: dict[str, Request] = {}
         self._ready: deque[Sample] = deque()
         self._image_ids: dict[int, tuple[Image.Image, str]] = {}
 
     def begin(self, settings: SamplingSettings) -> None:
-        self._abort()  # what an interrupted phase may have left
+        self._phase.close()  # what an interrupted phase may have left
+        self._abort()
         version = self.weights_version()
         self.engine.wake(stale=version != self._pushed)
         self._pushed, self._settings = version, settings
+        self._phase.enter_context(self.group.same_random_numbers())
 
     def submit(self, request: Request) -> None:
         """Raises RuntimeError when there are not as many pictures as placeholder runs, or vLLM refuses the request."""
@@ -88,6 +90,7 @@ class VLLMBackend:
                 self._ready.extend(self._sample(output) for output in outputs if output.finished)
 
     def end(self) -> None:
+        self._phase.close()
         self._abort()
         self._image_ids.clear()
         self.engine.sleep()
@@ -160,9 +163,3 @@ def collapse_runs(token_ids: Sequence[int], image_token_id: int) -> list[int]:
         for index, token in enumerate(token_ids)
         if token != image_token_id or index == 0 or token_ids[index - 1] != image_token_id
     ]
-
-
-def content_id(image: Image.Image) -> str:
-    """Size, mode and a hash of the pixels. vLLM trusts it: of two pictures with one id it only shows the first."""
-    digest = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
-    return f"{image.width}x{image.height}-{image.mode}-{digest}"

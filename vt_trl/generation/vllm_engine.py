@@ -2,7 +2,7 @@
 
 TRL's wrapper is reused for what it is good at, gathering parameters under PEFT, FSDP and ZeRO. Its engine arguments
 and its weight sync are not: that one keeps vLLM's image features after an update and loads each tensor by a call of
-its own. One engine per process; no tensor parallelism yet.
+its own. One engine per process, or per group of processes with tensor parallelism.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from trl.generation.vllm_generation import VLLMGeneration, empty_cache
 from trl.trainer.utils import ensure_master_addr_port
 
 from vt_trl.errors import ConfigError
+from vt_trl.generation.tensor_parallel import EngineGroup
+from vt_trl.generation.vllm_common import pixel_limits
 
 CACHES = ("reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache")  # methods of vLLM's LLMEngine
 
@@ -41,7 +43,8 @@ class ColocatedEngine(VLLMGeneration):
         mm_processor_kwargs: for vLLM's image processor. Default: the size limits of ``processing_class``.
 
     Raises:
-        ConfigError: for server mode, tensor parallelism, sleep mode on a CPU, 8-bit weights, or an unsuitable vLLM.
+        ConfigError: for server mode, processes that do not divide into engines, sleep mode on a CPU, 8-bit weights, or
+            an unsuitable vLLM.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class ColocatedEngine(VLLMGeneration):
         os.environ["LOCAL_RANK"] = str(self.accelerator.local_process_index)
         os.environ["WORLD_SIZE"] = str(self.accelerator.num_processes)
         ensure_master_addr_port()
+        self.group = EngineGroup(self.tensor_parallel_size, self.accelerator.num_processes)
         eager = on_cpu if self.enforce_eager is None else self.enforce_eager
         with random_state_kept():
             self.llm = LLM(**self._llm_arguments(eager))
@@ -99,11 +103,12 @@ class ColocatedEngine(VLLMGeneration):
 
     def _check_mode(self) -> None:
         if self.mode != "colocate":
-            raise ConfigError(f"vllm_mode={self.mode!r}: vLLM must run in the training process; set it to 'colocate'")
-        if self.tensor_parallel_size != 1:
+            raise ConfigError(f"vllm_mode is {self.mode!r}: this engine runs in the training process; set colocate.")
+        processes = self.accelerator.num_processes
+        if processes % self.tensor_parallel_size:
             raise ConfigError(
-                f"vllm_tensor_parallel_size={self.tensor_parallel_size}: ranks that share an engine would have to "
-                "submit turns in step, which is not implemented. Set it to 1: each process gets its own engine."
+                f"vllm_tensor_parallel_size is {self.tensor_parallel_size}, and the {processes} processes do not "
+                f"divide into engines of that many. Set a divisor of {processes}."
             )
 
     def _llm_arguments(self, enforce_eager: bool) -> dict[str, Any]:
@@ -113,8 +118,8 @@ class ColocatedEngine(VLLMGeneration):
             "dtype": str(self._weight_dtype()).removeprefix("torch."),
             "quantization": _quantization(self.model),
             "distributed_executor_backend": "external_launcher",
-            "tensor_parallel_size": 1,
-            "seed": self.accelerator.process_index,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "seed": self.accelerator.process_index // self.tensor_parallel_size,
             "max_model_len": self.max_model_length,
             "max_num_seqs": self.max_num_seqs,
             # vLLM's profiler reserves memory for a batch this large, so not more than needed.
@@ -124,7 +129,7 @@ class ColocatedEngine(VLLMGeneration):
             "enable_prefix_caching": self.enable_prefix_caching,
             "enforce_eager": enforce_eager,
             "limit_mm_per_prompt": {"image": self.max_images, "video": 0},  # 0: no memory for a dummy video
-            "mm_processor_kwargs": self.mm_processor_kwargs or _pixel_limits(self.processing_class),
+            "mm_processor_kwargs": self.mm_processor_kwargs or pixel_limits(self.processing_class),
             "logprobs_mode": "processed_logprobs",  # of the distribution that was sampled from
             "model_impl": self.model_impl,
             "trust_remote_code": self.trust_remote_code,
@@ -226,13 +231,3 @@ def _quantization(model: torch.nn.Module) -> str | None:
     if "Linear8bitLt" in kinds:
         raise ConfigError("load_in_8bit=True: vLLM cannot quantize to 8 bits in flight. Use load_in_4bit, or neither.")
     return "bitsandbytes" if "Linear4bit" in kinds else None
-
-
-def _pixel_limits(processing_class: Any) -> dict[str, Any] | None:
-    """The image processor's size limits, for vLLM's own copy of it, which it loads from the checkpoint.
-
-    In pixels; None for processors that bound sizes otherwise, where the checkpoint's settings then stand.
-    """
-    size = getattr(getattr(processing_class, "image_processor", None), "size", None) or {}
-    limits = {edge: size.get(edge) for edge in ("shortest_edge", "longest_edge")}
-    return {"size": limits} if all(limits.values()) else None

@@ -1,0 +1,149 @@
+"""Started by test_scale_out.py, alone and under ``accelerate launch``: every rank writes what it saw.
+
+python tests/scale_out.py JOB CHECKPOINT OUT
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, set_seed
+from helpers import AsksFirst
+from torch.distributed.tensor import DTensor
+from two_processes import ENVIRONMENT, GROUP, ByRowAndMember, by_token, numbered_rows
+
+from vt_trl.config import VTGRPOConfig
+from vt_trl.generation.base import ScriptedBackend
+from vt_trl.trainer import VTGRPOTrainer
+
+STEPS = 4
+SAMPLES = 32  # per update, over all processes: 8 rows x 4 members
+
+
+def allow_fsdp_on_cpu() -> None:
+    """Let accelerate's FSDP code run on CPUs: it asks for a GPU where it decides, and nowhere after that."""
+    original = AcceleratorState.__init__
+
+    def on_cpu(self: AcceleratorState, *args, **kwargs) -> None:
+        if not AcceleratorState._shared_state:
+            PartialState(cpu=True)
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        original(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = on_cpu
+
+
+def make_trainer(checkpoint: str, out: Path, scripted: bool, **settings) -> VTGRPOTrainer:
+    """Rollouts that do not depend on the number of processes, or real sampling with uneven numbers of rounds."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    args = VTGRPOConfig(
+        str(out),
+        **{
+            "per_device_train_batch_size": SAMPLES // processes,
+            "num_generations": GROUP,
+            "max_steps": STEPS,
+            "max_completion_length": 400,
+            "max_turn_tokens": 400 if scripted else 5,
+            "environment_args": ENVIRONMENT,
+            "mask_truncated_completions": False,
+            "gradient_checkpointing": False,
+            "learning_rate": 0.1,
+            "optim": "sgd",
+            "beta": 0.01,
+            "use_cpu": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            **settings,
+        },
+    )
+    if scripted:
+        options = {"backend": ScriptedBackend(ByRowAndMember(checkpoint, GROUP))}
+    else:
+        # Only the first process's rows ask, so that it samples one round more than the other.
+        first = os.environ.get("RANK", "0") == "0"
+        environment = lambda: AsksFirst(**ENVIRONMENT)  # noqa: E731
+        options = {"reward_funcs": [by_token, by_token]} | ({"environment": environment} if first else {})
+    return VTGRPOTrainer(checkpoint, args, numbered_rows(8), **options)
+
+
+def whole_sums(trainer: VTGRPOTrainer) -> dict[str, float]:
+    """The sum of squares of every parameter, gathered from its shards."""
+    sums = {}
+    for name, value in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
+        value = value.detach()
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        sums[name] = value.double().square().sum().item()
+    return sums
+
+
+def losses(checkpoint: str, out: Path) -> dict:
+    """STEPS updates on scripted rollouts, whole batches and two micro-batches of them."""
+    seen = {}
+    for name, pieces in (("whole", 1), ("accumulated", 2)):
+        batch = SAMPLES // int(os.environ.get("WORLD_SIZE", "1")) // pieces
+        settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": pieces}
+        trainer = make_trainer(checkpoint, out / name, scripted=True, **settings)
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        seen[name] = {
+            "log": [{key: entry[key] for key in ("loss", "grad_norm", "kl", "entropy", "reward")} for entry in log],
+            "sums": whole_sums(trainer),
+            "kind": trainer.accelerator.distributed_type.name,
+            "sharded": any(isinstance(value, DTensor) for value in trainer.model.parameters()),
+        }
+    return seen
+
+
+def uneven(checkpoint: str, out: Path) -> dict:
+    """Sampling from the policy itself where one process needs more rounds than the other."""
+    trainer = make_trainer(checkpoint, out / "uneven", scripted=False, max_steps=2)
+    trainer.train()
+    turns = [len(rollout.turns) for rollout in trainer.last_rollouts]
+    gap = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"turns": turns, "losses": gap, "sums": whole_sums(trainer)}
+
+
+def resumed(checkpoint: str, out: Path) -> dict:
+    """STEPS updates at once, and the same cut in the middle of a generation and resumed."""
+    settings = {"steps_per_generation": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    settings |= {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": SAMPLES // 2 // int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    logs = {}
+    for name, steps in (("at once", [STEPS]), ("in two", [STEPS - 1, STEPS])):
+        for last in steps:
+            set_seed(0)
+            trainer = make_trainer(
+                checkpoint, out / name, True, lr_scheduler_type="constant", max_steps=last, **settings
+            )
+            trainer.train(resume_from_checkpoint=last != steps[0])
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        logs[name] = {"losses": [entry["loss"] for entry in log], "sums": whole_sums(trainer)}
+    return logs
+
+
+JOBS = {"losses": losses, "uneven": uneven, "resumed": resumed}
+
+
+def main(job: str, checkpoint: str, out: str) -> None:
+    torch.set_num_threads(1)
+    set_seed(0)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        allow_fsdp_on_cpu()
+    for name in job.split(","):
+        seen = JOBS[name](checkpoint, Path(out))
+        (Path(out) / f"{name}-{PartialState().process_index}.json").write_text(json.dumps(seen))
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

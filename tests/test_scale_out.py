@@ -1,0 +1,89 @@
+"""Two processes with DDP and with FSDP2 against one: the same losses and weights; resuming; uneven sampling."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+TOLERANCE = 1e-5  # absolute, in fp32: sums over samples are taken in another order
+
+
+def run(job: str, checkpoint: Path, out: Path, config: Path | None = None) -> dict[str, list[dict]]:
+    """What every rank saw of each job of ``scale_out.py``; alone without ``config``, an accelerate file."""
+    out.mkdir(exist_ok=True)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    launch = []
+    if config is not None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", port]
+    done = subprocess.run(
+        [sys.executable, *launch, str(ROOT / "tests" / "scale_out.py"), job, str(checkpoint), str(out)],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    ranks = 1 if config is None else 2
+    return {name: [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in range(ranks)]
+            for name in job.split(",")}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seen(checkpoint, tmp_path_factory) -> dict[str, dict[str, list[dict]]]:
+    root = tmp_path_factory.mktemp("scale_out")
+    # The shipped file, for two processes and in fp32.
+    shipped = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text())
+    fsdp2 = root / "fsdp2.yaml"
+    fsdp2.write_text(yaml.safe_dump(shipped | {"num_processes": 2, "mixed_precision": "no"}))
+    ddp = ROOT / "recipes" / "accelerate" / "cpu.yaml"
+    return {
+        "one": run("losses", checkpoint, root / "one"),
+        "ddp": run("losses,resumed", checkpoint, root / "ddp", ddp),
+        "fsdp2": run("losses,resumed,uneven", checkpoint, root / "fsdp2", fsdp2),
+    }
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("batches", ["whole", "accumulated"])
+def test_two_processes_give_the_losses_and_weights_of_one(seen, engine, batches):
+    one, two = seen["one"]["losses"][0][batches], seen[engine]["losses"][0][batches]
+    assert (two["kind"], two["sharded"]) == {"ddp": ("MULTI_CPU", False), "fsdp2": ("FSDP", True)}[engine]
+    assert len(two["log"]) == 4
+    for alone, shared in zip(one["log"], two["log"], strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], abs=TOLERANCE)
+        assert shared["grad_norm"] == pytest.approx(alone["grad_norm"], abs=TOLERANCE)
+        assert shared["entropy"] == pytest.approx(alone["entropy"], abs=1e-4)
+        assert shared["kl"] == pytest.approx(alone["kl"], abs=1e-4)
+    assert one["log"][0]["grad_norm"] > 0.1  # there is something to compare
+    assert one["log"][-1]["kl"] > 1e-3  # the weights have moved
+    assert two["sums"] == {name: pytest.approx(value, rel=1e-5) for name, value in one["sums"].items()}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_resume_in_the_middle_of_a_generation(seen, engine):
+    """To the bit: rollouts left over, optimizer, order of data and random states are those of the run that was cut."""
+    ranks = seen[engine]["resumed"]
+    for rank in ranks:
+        whole, cut = rank["at once"], rank["in two"]
+        assert len(whole["losses"]) == len(cut["losses"]) == 4
+        assert cut["losses"] == whole["losses"]
+        assert cut["sums"] == whole["sums"]
+
+
+def test_fsdp2_samples_where_one_process_needs_more_rounds_than_the_other(seen):
+    """Every forward of a sharded model gathers weights; a process that is done must not be waited for."""
+    first, second = seen["fsdp2"]["uneven"]
+    assert (max(first["turns"]), max(second["turns"])) == (2, 1)
+    assert first["losses"] == second["losses"] and len(first["losses"]) == 2
+    assert first["sums"] == second["sums"]
