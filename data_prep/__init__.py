@@ -13,6 +13,7 @@ from collections.abc import Callable
 from vt_trl.commands import Command
 
 STEPS: dict[str, Command] = {
+    "check": Command("every bad row with every reason, set aside, none lost", "data_prep.check"),
     "import": Command("a published set, or files of your own, in the columns of rows", "data_prep.import"),
 }
 

@@ -65,7 +65,9 @@ class Format:
     records: Callable[[Record], Iterable[Record]] = _as_it_is
     made: Mapping[str, Sequence[str]] | None = None
 
-    def choose(self, names: Sequence[str], renamed: Mapping[str, str]) -> dict[str, str]:
+    def choose(
+        self, names: Sequence[str], renamed: Mapping[str, str], needed: Sequence[str] = REQUIRED
+    ) -> dict[str, str]:
         """``{our column: the set's}`` for a set with these columns; ``renamed`` wins.
 
         Raises :class:`DataError` that says what was found and what is needed.
@@ -81,11 +83,11 @@ class Format:
             ours: renamed.get(ours) or next((name for name in theirs if name.split(".")[0] in there), None)
             for ours, theirs in {**_OPTIONAL, **self.columns, **{name: (name,) for name in renamed}}.items()
         }
-        missing = {ours: self.columns.get(ours, (ours,)) for ours in REQUIRED if not chosen.get(ours)}
+        missing = {ours: self.columns.get(ours, (ours,)) for ours in needed if not chosen.get(ours)}
         if missing:
-            needed = "; ".join(f"{ours} (one of {', '.join(map(repr, theirs))})" for ours, theirs in missing.items())
+            lacking = "; ".join(f"{ours} (one of {', '.join(map(repr, theirs))})" for ours, theirs in missing.items())
             hint = ",".join(f"{ours}=COLUMN" for ours in missing)
-            raise DataError(f"the source has the columns {sorted(names)}, but lacks {needed}; say --map {hint}")
+            raise DataError(f"the source has the columns {sorted(names)}, but lacks {lacking}; say --map {hint}")
         return {ours: name for ours, name in chosen.items() if name}
 
     def reads(self, chosen: Mapping[str, str]) -> list[str]:
@@ -185,6 +187,13 @@ FORMATS: dict[str, Format] = {
     ),
 }
 
+# An evaluation set of which only the pictures matter.
+PICTURES = Format(
+    "pictures in whatever column",
+    {"image": ("decoded_image", "image", "images", "file_name", "imgname", "image_local_name")},
+    folders=("", "images", "png"),
+)
+
 
 def value_of(record: Record, name: str | None) -> Any:
     """A column, or what ``column.field`` names inside a struct; None where it is missing."""
@@ -196,7 +205,7 @@ def value_of(record: Record, name: str | None) -> Any:
 
 def by_votes(answers: Sequence[str]) -> list[str]:
     """All different answers, the one that most people gave first; otherwise in their order."""
-    return [answer for answer, _ in Counter(answers).most_common()]
+    return list(answers) if len(answers) < 2 else [answer for answer, _ in Counter(answers).most_common()]
 
 
 def from_cell(value: Any) -> Any:

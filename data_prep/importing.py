@@ -6,18 +6,21 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datasets import Features
+
 from data_prep.finding import Found
-from data_prep.formats import Format, by_votes, from_cell, value_of
-from data_prep.reading import Unit, open_table, read_unit
+from data_prep.formats import FORMATS, Format, by_votes, from_cell, value_of
+from data_prep.reading import Table, Unit, open_table, read_unit
 from data_prep.shards import UnitWriter
 from data_prep.units import run_units
 from vt_trl.errors import DataError
 from vt_trl.images import local_path
-from vt_trl.rows import answer_texts, clean_question, examine, only_image
+from vt_trl.rows import FEATURES, answer_texts, clean_question, examine, only_image
+from vt_trl.sources import is_flat
 
 QUARANTINE = "quarantine.jsonl"
 UNIT_ROWS = 5000
@@ -25,15 +28,23 @@ UNIT_ROWS = 5000
 
 @dataclass(frozen=True)
 class Reader:
-    """Makes rows of one source's records. ``chosen``: our column -> the source's; ``root``: where paths start."""
+    """Makes rows of one source's records.
+
+    ``chosen``: our column -> the source's; ``root``: where paths start; ``extras``: columns that pass through.
+    """
 
     format: Format
     chosen: Mapping[str, str]
     root: str
+    extras: Features = field(default_factory=Features)
 
     @property
     def columns(self) -> list[str]:
-        return self.format.reads(self.chosen)
+        return [*self.format.reads(self.chosen), *self.extras]
+
+    @property
+    def features(self) -> Features:
+        return Features({**FEATURES, **self.extras})
 
     def rows(self, unit: Unit) -> Iterator[tuple[int, Mapping[str, Any], dict[str, Any]]]:
         """``(number of the record, the record, a row)`` for all rows of a unit; a row may lack anything."""
@@ -58,15 +69,15 @@ class Reader:
             "solution": None if found.get("solution") is None else str(found["solution"]),
         }
         try:
-            row["image"] = self._picture(found["image"])
+            row["image"] = self.picture(record)
         except DataError as error:
             row["image_error"] = error.reason
         row["id"] = self._id(found.get("id"), row)
-        return row
+        return row | {name: record.get(name) for name in self.extras}
 
-    def _picture(self, value: Any) -> bytes:
+    def picture(self, record: Mapping[str, Any]) -> bytes:
         """The bytes of a picture file; a path must lie below the root, and a URL is not fetched."""
-        value = only_image(value)
+        value = only_image(value_of(record, self.chosen["image"]))
         if isinstance(value, Mapping):
             value = value.get("path") if value.get("bytes") is None else value["bytes"]
         if isinstance(value, bytes):
@@ -121,30 +132,46 @@ def import_rows(
 def _import_unit(job: tuple[Unit, Reader], writer: UnitWriter) -> None:
     unit, reader = job
     for number, record, row in reader.rows(unit):
-        write_if_good(writer, number, record, row)
+        write_or_set_aside(writer, number, record, row, examine(row).reasons)
 
 
-def write_if_good(
+def reader_of(table: Table, found: Found) -> Reader:
+    """A reader for a set that is in the columns of rows already; other columns of a known, flat type pass through."""
+    format = FORMATS["rows"]
+    chosen = format.choose(table.columns, {})
+    used = {*chosen.values(), *FEATURES}
+    others = {name: kind for name, kind in (table.features or {}).items() if name not in used and is_flat(kind)}
+    return Reader(format, chosen, str(found.root), Features(others))
+
+
+def write_or_set_aside(
     writer: UnitWriter,
     number: int,
     record: Mapping[str, Any],
     row: dict[str, Any],
-    more: Sequence[str] = (),
+    reasons: Sequence[str],
+    keep_good: bool = True,
 ) -> None:
-    """Write a row, or set it aside with its number and every reason against it (and ``more`` of them)."""
-    reasons = [*examine(row).reasons, *more]
+    """Write a good row, or set a bad one aside with its number and every reason; count either."""
     writer.counts["all"] += 1
     if not reasons:
         writer.counts["good"] += 1
-        writer.add(row)
+        if keep_good:
+            writer.add(row)
         return
     writer.counts["quarantined"] += 1
     for reason in reasons:
         writer.counts[f"reason: {kind_of(reason)}"] += 1
-    picture = row.pop("image")
-    row.pop("image_error", None)
-    kept = {"row": number, "id": row["id"], "reasons": reasons, "values": row, "record": without_bytes(record)}
-    writer.note(QUARANTINE, kept | {"image": picture})
+    set_aside(writer, QUARANTINE, number, record, row, reasons)
+
+
+def set_aside(
+    writer: UnitWriter, file: str, number: int, record: Mapping[str, Any], row: dict[str, Any], reasons: Sequence[str]
+) -> None:
+    """Write a row to a side file with all that it holds, its picture and its record in the source included."""
+    values = {name: value for name, value in row.items() if name not in ("image", "image_error")}
+    kept = {"row": number, "id": row["id"], "reasons": list(reasons), "values": values}
+    writer.note(file, kept | {"record": without_bytes(record), "image": row["image"]})
 
 
 def kind_of(reason: str) -> str:

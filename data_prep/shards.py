@@ -45,7 +45,7 @@ class UnitWriter:
     def __init__(self, out: Path, unit: int, features: Features = FEATURES, shard_bytes: int = _SHARD_BYTES):
         self.out, self.unit, self.shard_bytes = Path(out), unit, shard_bytes
         self.counts: Counter[str] = Counter()  # whatever the step counts, added up over all units
-        self._schema = features.arrow_schema
+        self.features = features  # may be replaced before the first row
         self._rows: list[Mapping[str, Any]] = []
         self._held = self._written = 0  # bytes: of the rows held, and in the shard that is open
         self._parquet: pq.ParquetWriter | None = None
@@ -103,11 +103,12 @@ class UnitWriter:
     def _flush(self) -> None:
         if not self._rows:
             return
-        table = pa.Table.from_pylist(self._rows, schema=self._schema)
+        schema = self.features.arrow_schema
+        table = pa.Table.from_pylist(self._rows, schema=schema)
         if self._parquet is None:
             name = f"train-{self.unit:06d}-{len(self._shards):02d}.parquet"
             self._parquet = pq.ParquetWriter(
-                self._temporary(self.out / name), self._schema, use_dictionary=["data_source"], write_statistics=False
+                self._temporary(self.out / name), schema, use_dictionary=["data_source"], write_statistics=False
             )
             self._shards.append({"file": name, "rows": 0})
         self._parquet.write_table(table)

@@ -94,6 +94,12 @@ def results(function: Callable[[Any], Any], items: Sequence[Any], workers: int) 
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def in_order(numbered: Iterator[tuple[int, Any]], count: int) -> list[Any]:
+    """All results in the order of their items, with a progress bar."""
+    found = dict(track(numbered, "look", count))
+    return [found[number] for number in range(count)]
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Keep a second run out of the folder."""

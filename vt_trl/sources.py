@@ -159,7 +159,7 @@ def _from_records(rows: list[dict[str, Any]], root: Path, source: str) -> Datase
     names, others = _columns(list(dict.fromkeys(name for row in rows for name in row)), source)
     columns = {name: [row.get(name) for row in rows] for name in (*names.values(), *others)}
     paths, errors = zip(*(_path_or_error(value, root) for value in columns[names["image"]]), strict=True)
-    flat = {name: columns[name] for name in others if all(map(_is_flat, columns[name]))}
+    flat = {name: columns[name] for name in others if all(map(is_flat, columns[name]))}
     try:
         base = Dataset.from_dict({"image": paths, **flat}).cast_column("image", Value("string"))
     except pa.ArrowException as error:
@@ -184,7 +184,7 @@ def _from_dataset(dataset: Dataset, root: Path, source: str) -> Dataset:
     listed = isinstance(kind, datasets.List)
     if getattr(kind.feature if listed else kind, "dtype", "") not in ("string", "large_string"):
         dataset = dataset.cast_column(column, datasets.List(EMBEDDED) if listed else EMBEDDED)
-        base = dataset.select_columns([column, *(name for name in others if _is_flat(dataset.features[name]))])
+        base = dataset.select_columns([column, *(name for name in others if is_flat(dataset.features[name]))])
         base = base if column == "image" else base.rename_column(column, "image")
         if listed:
             kinds = Features({**base.features, "image": EMBEDDED})
@@ -200,7 +200,7 @@ def _unlist(batch: dict[str, list]) -> dict[str, list]:
     return {"image": [value[0] if value is not None and len(value) == 1 else None for value in batch["image"]]}
 
 
-def _is_flat(value: Any) -> bool:
+def is_flat(value: Any) -> bool:
     """Whether a value or a feature is a scalar or a list of scalars."""
     if isinstance(value, datasets.List):
         value = value.feature
