@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from two_processes import JOBS, make_trainer, score
 
+from vt_trl.transcripts import read_transcripts
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -36,7 +38,7 @@ def two(checkpoint, tmp_path_factory) -> dict[str, list[dict]]:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     seen = {job: [json.loads((out / f"{job}-{rank}.json").read_text()) for rank in range(2)] for job in JOBS}
-    return seen | {"completions": sorted(path.name for path in (out / "completions").glob("*.parquet"))}
+    return seen | {"completions": [read_transcripts(path) for path in sorted((out / "completions").iterdir())]}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,17 @@ def test_two_processes_train_one_model(two):
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
     norms = [entry["grad_norm"] for entry in first["log"] if "grad_norm" in entry]
     assert all(norm > 0 for norm in norms)
-    assert len(two["completions"]) == 2  # one table per step: log_completions gathers from both
+
+
+def test_the_table_of_a_step_holds_the_rollouts_of_both_ranks(two):
+    """Each rank rolls out a group of 4 per step; every member asks, so it has two pictures."""
+    first, second = two["completions"]
+    assert [[one.step for one in table] for table in (first, second)] == [[1] * 8, [2] * 8]
+    groups = {one.group.split("/")[0] for one in second}
+    assert groups == {"0", "1"} and [one.member for one in second] == [0, 1, 2, 3] * 2
+    drawn = [len(ids) for seen in two["train"] for ids in seen["drawn"]]
+    assert [turn.tokens for one in second for turn in one.turns if turn.status in ("sampled", "cut")] == drawn
+    assert all(len(one.images) == 2 for one in second)
 
 
 def test_refill_ends_on_both_ranks_with_good_groups_only(two):

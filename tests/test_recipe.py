@@ -293,6 +293,7 @@ def shown() -> list[tuple[str, str]]:
         "docs/judges.md",
         "docs/data.md",
         "docs/hub.md",
+        "docs/seeing-a-run.md",
     )
     texts = [(path, path.read_text()) for path in (*(ROOT / name for name in pages), *RECIPES)]
     return sorted({(path.name, line) for path, text in texts for line in commands_of(text, path.suffix == ".yaml")})

@@ -18,7 +18,6 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "use_transformers_continuous_batching": (False, "it cannot take images; set use_vllm: true instead"),
     "vllm_structured_outputs_regex": (None, "turns are free text that the environment parses"),
     "multi_objective_aggregation": ("sum_then_normalize", "the penalty is defined on summed rewards"),
-    "log_multimodal": (None, "pictures are not logged; TRL's default is accepted and ignored"),
     "max_tool_calling_iterations": (None, "the environment sets the number of turns"),
     "chat_template_kwargs": (None, "dialogues are laid out by the model family, not by a chat template"),
     "generation_kwargs": (None, "use temperature, top_p, top_k, min_p and repetition_penalty"),
@@ -122,6 +121,14 @@ class VTGRPOConfig(GRPOConfig):
         default=True, metadata={"help": "Sampled and trained log-probabilities agree only without dropout."}
     )
     eval_greedy: bool = field(default=True, metadata={"help": "Evaluate greedily in every turn, one rollout per row."})
+    log_completions_rollouts: int = field(
+        default=64,
+        metadata={"help": "log_completions: rollouts kept per logged step at most, whole groups of all processes."},
+    )
+    log_completions_pixels: int | None = field(
+        default=1_048_576,
+        metadata={"help": "log_completions: larger pictures are shrunk to this area; null: as the model saw them."},
+    )
     generation_chunk: int = field(
         default=64, metadata={"help": "Sequences per generate call of the transformers backend; bounds its memory."}
     )
@@ -147,7 +154,7 @@ class VTGRPOConfig(GRPOConfig):
     def _check_unsupported(self) -> None:
         for name, (default, why) in _UNSUPPORTED.items():
             value = getattr(self, name, default)
-            if name != "log_multimodal" and value not in (default, {}):
+            if value not in (default, {}):
                 raise ConfigError(f"{name} is set to {value!r}, which has no effect here: {why}. Remove it.")
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns is true, which would drop the answers; remove it.")
@@ -183,6 +190,9 @@ class VTGRPOConfig(GRPOConfig):
             )
         if self.generation_chunk < 1:
             raise ConfigError(f"generation_chunk is {self.generation_chunk}; it must be 1 or more.")
+        for name in ("log_completions_rollouts", "log_completions_pixels"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more (log_completions: false).")
         if not isinstance(self.environment_args or {}, dict):
             raise ConfigError(
                 f"environment_args is {self.environment_args!r}; write a mapping, e.g. `{{max_pixels: 4194304}}` in a "

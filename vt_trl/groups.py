@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -47,9 +47,11 @@ class Group:
     penalty: torch.Tensor
     reward: torch.Tensor
     advantage: torch.Tensor = field(init=False)
+    extra: list[dict[str, Any]] = field(init=False)  # what reward functions gave to log_extra, per rollout
 
     def __post_init__(self) -> None:
         self.advantage = torch.zeros(len(self.rollouts))
+        self.extra = [{} for _ in self.rollouts]
 
     @property
     def fate(self) -> Fate:
@@ -72,7 +74,24 @@ def score_groups(trainer: VTGRPOTrainer, rollouts: Sequence[Rollout], group_size
     # NaN in any part is a score nobody could give: the sum, and with it the group, stays unknown.
     reward = (parts * trainer.reward_weights.cpu()).sum(dim=1) - penalty
     pieces = zip(*(tensor.split(group_size) for tensor in (parts, correct, penalty, reward)), strict=True)
-    return [Group(list(rollouts[n * group_size :][:group_size]), *piece) for n, piece in enumerate(pieces)]
+    groups = [Group(list(rollouts[n * group_size :][:group_size]), *piece) for n, piece in enumerate(pieces)]
+    if args.log_completions:
+        attach_extra(groups, trainer._pending_extra_logs)
+    trainer._pending_extra_logs.clear()
+    return groups
+
+
+def attach_extra(groups: Sequence[Group], columns: Mapping[str, Sequence[Any]]) -> None:
+    """Give each rollout what reward functions said of it: column -> one value per rollout, in the groups' order."""
+    places = [extra for group in groups for extra in group.extra]
+    for column, values in columns.items():
+        if len(values) != len(places):
+            raise ValueError(
+                f"log_extra was given {len(values)} values for {column!r} in one scoring of {len(places)} rollouts; "
+                f"give one per completion, and a name of its own in each reward function."
+            )
+        for extra, value in zip(places, values, strict=True):
+            extra[column] = value
 
 
 def set_advantages(trainer: VTGRPOTrainer, groups: Sequence[Group], group_size: int) -> None:

@@ -37,15 +37,17 @@ from vt_trl.fused_head import labelled_positions_only
 from vt_trl.generation.backends import hf_backend, vllm_backend
 from vt_trl.generation.base import Backend, SamplingSettings
 from vt_trl.groups import Group, Refiller, effective_share, score_groups, set_advantages, without_loss
-from vt_trl.metrics import RolloutRecord, mean
+from vt_trl.metrics import mean
 from vt_trl.packing import pack
 from vt_trl.passes import add_logprobs
+from vt_trl.progress import add_progress
 from vt_trl.recorder import Recorder
 from vt_trl.resume import EndInOrder, ResumableTrainer
 from vt_trl.rewards import make_rewards
 from vt_trl.rollout import Limits, RolloutRunner
 from vt_trl.sharding import unsharded
 from vt_trl.token_ban import ban_tokens
+from vt_trl.transcripts.log import TranscriptLog
 from vt_trl.types import Rollout, RolloutStatus
 
 logger = logging.getLogger(__name__)
@@ -81,8 +83,9 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
         backend: Backend | None = None,
         **kwargs: Any,
     ):
-        # TRL would build an engine of its own here; ours has other needs (see vt_trl/generation/vllm.py).
-        use_vllm, args.use_vllm = args.use_vllm, False
+        # TRL would build an engine of its own here, and a table without turns and pictures; ours have other needs.
+        ours = {name: getattr(args, name) for name in ("use_vllm", "log_completions")}
+        args.use_vllm, args.log_completions = False, args.log_completions_hub_repo is not None
         try:
             super().__init__(
                 model=model,
@@ -93,17 +96,20 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
                 **kwargs,
             )
         finally:
-            args.use_vllm = use_vllm
+            vars(args).update(ours)
+        self.log_completions = False  # TRL's own table; with log_completions_hub_repo it uploads the folder of ours
         self.reward_func_names = list(args.rewards) if reward_funcs is None else self.reward_func_names
         self.correct_column = self._find_correctness(args)
         self.recorder = Recorder(self.accelerator, self.reward_func_names)
+        self.transcripts = TranscriptLog(self)
+        self.progress = add_progress(self)
         self.refiller = Refiller(self)
         self.end_in_order = EndInOrder(self)
         self.add_callback(self.end_in_order)
         self._open_judges()
         self.last_rollouts: list[Rollout] = []
         self._setup_tokens()
-        self._setup_rollouts(args, environment, backend, use_vllm)
+        self._setup_rollouts(args, environment, backend)
         self.alarm = CollapseAlarm(self, args, has_tool=self.runner.environment().max_turns > 1)
         self.add_callback(self.alarm)
 
@@ -141,11 +147,10 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
         args: VTGRPOConfig,
         environment: Callable[[], Environment] | None,
         backend: Backend | None,
-        use_vllm: bool,
     ) -> None:
         self.features = ImageFeatures(self.processing_class.image_processor)
         environment = environment or make_environment(args.environment, args.environment_args)
-        self.use_vllm = use_vllm
+        self.use_vllm = use_vllm = args.use_vllm
         self._warn_of_shrunk_pictures(environment().max_image_pixels)
         self.runner = RolloutRunner(
             environment,
@@ -220,8 +225,10 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
+        self.progress.enter(name)
         start = time.perf_counter()
         yield
+        self.progress.enter("update")
         self._seconds[f"time/{name}_seconds"] += time.perf_counter() - start
 
     def _roll_out(self, inputs: list[dict[str, Any]], group_size: int) -> list[Rollout]:
@@ -281,13 +288,9 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
         self.recorder.add_numbers(self._mode(), {"groups/effective_share": share})
 
     def _take_logged(self, mode: str) -> None:
-        """What reward functions gave to ``log_metric`` and ``log_extra``; TRL would collect it in code we replace."""
+        """What reward functions gave to ``log_metric``; TRL would collect it in code we replace."""
         self.recorder.add_numbers(mode, {name: mean(values) for name, values in self._pending_metrics.items()})
-        if self.log_completions:
-            for column, values in self._pending_extra_logs.items():
-                self._logs["extra"][column].extend(gather_object(values))
         self._pending_metrics.clear()
-        self._pending_extra_logs.clear()
 
     def _record(self, groups: list[Group], left_out: list[Group], mode: str) -> None:
         self.last_rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -298,21 +301,7 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
             made = [rollout for group in (*groups, *left_out) for rollout in group.rollouts]
             tokens = sum(len(rollout.prompt_ids) + len(rollout.completion_ids) for rollout in made)
             self.state.num_input_tokens_seen += sum(gather_object([tokens]))
-        if self.log_completions:
-            self._log_completions(self.last_rollouts, self.recorder.last_records)
-
-    def _log_completions(self, rollouts: list[Rollout], records: list[RolloutRecord]) -> None:
-        """Fill the table that TRL prints and writes when ``log_completions`` is set."""
-        prompts = [[message.as_dict() for message in r.messages[: r.prompt_messages]] for r in rollouts]
-        completions = [[message.as_dict() for message in r.messages[r.prompt_messages :]] for r in rollouts]
-        everyone = gather_object(records)
-        self._logs["prompt"].extend(gather_object(prompts))
-        self._logs["completion"].extend(gather_object(completions))
-        for name in self.reward_func_names:
-            self._logs["rewards"][name].extend(record.parts[name] for record in everyone)
-        self._logs["advantages"].extend(record.advantage for record in everyone)
-        for column in ("status", "asked", "penalty"):
-            self._logs["extra"][column].extend(getattr(record, column) for record in everyone)
+        self.transcripts.add(mode, groups, self.recorder.last_records)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         generated = len(self.recorder.numbers_of("train", PHASES[0]))
@@ -326,5 +315,7 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
         """Add our means, over all processes, to what TRL logs. Called on every process."""
         mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
         numbers = self.recorder.take(mode, count_rows_once=mode == "eval" and self.num_generations_eval == 1)
+        numbers |= self.transcripts.write(mode)
         logs.update({prefix + name: value for name, value in numbers.items()})
         super().log(logs, start_time)
+        self.transcripts.show(mode)
