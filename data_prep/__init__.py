@@ -14,6 +14,9 @@ from vt_trl.commands import Command
 
 STEPS: dict[str, Command] = {
     "check": Command("every bad row with every reason, set aside, none lost", "data_prep.check"),
+    "filter": Command(
+        "keep unique answers, one row of each, balanced, neither too easy nor too hard", "data_prep.filter"
+    ),
     "import": Command("a published set, or files of your own, in the columns of rows", "data_prep.import"),
 }
 

@@ -148,11 +148,19 @@ class OpenAIJudge(Judge):
             await self._client.close()
             self._client = None
 
+    def without_asking(self, case: Case) -> Judgement | None:
+        """The judgement of a case that no server needs to see; None for all others."""
+        return self.limits.check(case)
+
+    def text(self, case: Case) -> str:
+        """What the server reads of a case, its code included. A subclass that asks something else overrides it."""
+        return case_with_code(case)
+
     async def _judge(self, case: Case) -> Judgement:
-        early = self.limits.check(case)
+        early = self.without_asking(case)
         if early is not None:
             return early
-        text = case_with_code(case)
+        text = self.text(case)
         tokens = (len(self.rubric.encode()) + len(text.encode())) // 3 + self.max_reply_tokens
         try:
             return await self._pace.run(lambda: self._attempt(case, text), tokens)

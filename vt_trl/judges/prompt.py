@@ -87,12 +87,15 @@ def neutralised(text: str) -> str:
 
 def case_text(case: Case) -> str:
     """The case as one JSON object, prediction last."""
-    fields = {
+    return json.dumps({**given(case), "answer_to_grade": neutralised(case.prediction)}, ensure_ascii=False)
+
+
+def given(case: Case) -> dict[str, Any]:
+    """What the data set says: the question and its accepted answers, neutralised."""
+    return {
         "question": neutralised(case.question),
         "accepted_answers": [neutralised(gold) for gold in case.golds],
-        "answer_to_grade": neutralised(case.prediction),
     }
-    return json.dumps(fields, ensure_ascii=False)
 
 
 def code_of(case: Case) -> str:
