@@ -18,6 +18,8 @@ STEPS: dict[str, Command] = {
         "keep unique answers, one row of each, balanced, neither too easy nor too hard", "data_prep.filter"
     ),
     "import": Command("a published set, or files of your own, in the columns of rows", "data_prep.import"),
+    "select": Command("rows that need the full picture, and rows for which low is enough", "data_prep.select"),
+    "traces": Command("cold-start traces, written by a strong model", "data_prep.traces"),
 }
 
 

@@ -16,6 +16,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+from data_prep import STEPS
 from vt_trl import cli, run, tiny
 from vt_trl.commands import COMMANDS
 from vt_trl.errors import ConfigError, DataError
@@ -269,7 +270,7 @@ def test_the_module_runs_as_a_command():
 # The commands of the READMEs.
 
 _STARTS = ("vt-trl ", "python -m vt_trl", "python -m demos.", "python -m benchmarks.", "accelerate launch ", "make ")
-_PLACES = {"RECIPE": "recipes/demo.yaml", "RECIPE.yaml": "recipes/demo.yaml"}
+_PLACES = {"RECIPE": "recipes/demo.yaml", "RECIPE.yaml": "recipes/demo.yaml", "STEP": "select"}
 
 
 def commands_of(text: str, comments: bool) -> list[str]:
@@ -325,7 +326,7 @@ def check_arguments(words: list[str]) -> None:
         words = ["train", *words]
     if words[0].startswith("-"):
         return cli._parser().print_help() if words in (["--help"], ["--version"]) else pytest.fail(str(words))
-    if len(words) == 1 and words[0] in COMMANDS:
+    if (len(words) == 1 and words[0] in COMMANDS) or words in [["prepare", step] for step in STEPS]:
         return  # a command named in a sentence
     _, options, overrides = cli.parse(words)
     if hasattr(options, "recipe"):

@@ -39,8 +39,7 @@ def make_runner(
     """A rollout loop on a plain model with the transformers backend."""
     tokenizer, family = processor.tokenizer, family_of(model.config)
     features = ImageFeatures(processor.image_processor)
-    stop = model.generation_config.eos_token_id
-    stop_ids = {tokenizer.eos_token_id, *(stop if isinstance(stop, Iterable) else [stop])} - {None}
+    stop_ids = stop_ids_of(tokenizer, model.generation_config)
     backend = HFBackend.for_model(
         model,
         features,
@@ -51,6 +50,12 @@ def make_runner(
         max_batch=max_batch,
     )
     return RolloutRunner(environment, backend, ChatEncoder(tokenizer, family, features), stop_ids, limits)
+
+
+def stop_ids_of(tokenizer: Any, generation_config: Any) -> set[int]:
+    """The tokens that end a turn: those of the checkpoint's generation settings, and the tokenizer's own."""
+    stop = generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(stop if isinstance(stop, Iterable) else [stop])} - {None}
 
 
 @torch.no_grad()

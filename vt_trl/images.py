@@ -7,6 +7,7 @@ VisionThink (arXiv 2507.13348).
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -248,3 +249,15 @@ class Views:
     def low(self) -> Image.Image:
         """RGB picture of ``low_size``, made of the full view, so that it never shows more than that."""
         return self.full.resize(self.low_size, Image.Resampling.LANCZOS)
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    """A picture as an address that holds it. ``kind``: png, jpeg or svg+xml."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def png_uri(image: Image.Image) -> str:
+    """A picture as a ``data:`` URI, without loss."""
+    file = BytesIO()
+    image.save(file, "PNG")
+    return data_uri("png", file.getvalue())

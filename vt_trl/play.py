@@ -17,8 +17,8 @@ from PIL import Image
 
 from vt_trl.config import VTGRPOConfig
 from vt_trl.data import episode_row, load_rows
+from vt_trl.dialogue import Dialogue
 from vt_trl.envs import Environment, make_environment
-from vt_trl.envs.base import message
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.recipe import RunArguments, parse_recipe
 from vt_trl.rewards import RewardFunction, make_rewards
@@ -85,34 +85,26 @@ def _read_row(run: RunArguments, number: int) -> dict[str, Any]:
 
 
 class _Episode:
-    """An episode under way, with the bookkeeping of :mod:`vt_trl.rollout` but for tokens."""
+    """A dialogue with a person: what is said is shown, and pictures are saved."""
 
     def __init__(self, environment: Environment, row: dict[str, Any], folder: str | Path | None, show: Show):
-        self.row = row
         self.show = show
         self.folder = Path(folder or tempfile.mkdtemp(prefix="vt-trl-play-"))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.pictures: list[Path] = []
-        self.images: list[Image.Image] = []
-        self.turns: list[Turn] = []
-        first = environment.reset(row)
-        self.environment = environment.fork()  # as in training, so that a broken fork() shows up here
-        self.messages: list[Message] = list(first.messages)
-        self.prompt_messages = len(first.messages)
+        self.dialogue = Dialogue(environment, row)
+
+    @property
+    def turns(self) -> list[Turn]:
+        return self.dialogue.turns
 
     def run(self, ask: Ask) -> Rollout | None:
         """Play to the end; None when the input ends first."""
-        asked = attempted = False
-        self._display(self.messages)
+        self._display(self.dialogue.messages)
         while (reply := _read_reply(ask)) is not None:
-            outcome: Observation | Done = self.environment.step(reply)
-            self.turns.append(Turn(reply, (), (), finished=True, faults=outcome.faults))
-            self.messages.append(message("assistant", reply))
-            attempted = attempted or outcome.called
+            outcome: Observation | Done = self.dialogue.say(reply)
             if isinstance(outcome, Done):
-                return self._finish(outcome, asked, attempted)
-            asked = asked or outcome.granted
-            self.messages += outcome.messages
+                return self.dialogue.rollout()
             if outcome.faults:
                 self.show(f"\nFaults of this turn: {', '.join(outcome.faults)}")
             self._display(outcome.messages)
@@ -128,26 +120,7 @@ class _Episode:
         path = self.folder / f"picture-{len(self.pictures) + 1}.png"
         image.save(path)
         self.pictures.append(path)
-        self.images.append(image)
         return f"[picture {len(self.pictures)}: {image.width} x {image.height} px, saved as {path}]"
-
-    def _finish(self, done: Done, asked: bool, attempted: bool) -> Rollout:
-        return Rollout(
-            row=self.row,
-            prompt_ids=[],
-            completion_ids=[],
-            loss_mask=[],
-            logprobs=[],
-            images=self.images,
-            messages=self.messages,
-            prompt_messages=self.prompt_messages,
-            turns=self.turns,
-            status=done.status,
-            answer=done.answer,
-            asked=asked,
-            attempted=attempted,
-            detail=done.detail,
-        )
 
 
 def _read_reply(ask: Ask) -> str | None:

@@ -116,7 +116,59 @@ def _seed_lines(ax: Axes, seeds: Sequence[Points], source: str) -> None:
     ax.plot(steps, means, color=_COLOURS[source], linewidth=2.4, label=source)
 
 
-def _dress(ax: Axes, title: str, shares: bool) -> None:
+def plot_counts(histogram: Sequence[Sequence[int]], title: str, margin: int) -> Drawn:
+    """Rows by right answers at low (across) and at full resolution (up); ``histogram[low][full]``, square.
+
+    Cells in which full is ahead by ``margin`` lie above the line.
+    """
+    side = len(histogram)
+    figure = Figure(figsize=(4.4, 4.0), layout="constrained")
+    ax = figure.subplots()
+    _dress(ax, title)
+    ax.set_xlabel("right at low resolution")
+    ax.set_ylabel("right at full resolution")
+    ax.grid(visible=False)
+    most = max(max(row) for row in histogram) or 1
+    shown = [[math.sqrt(histogram[low][full] / most) for low in range(side)] for full in range(side)]
+    ax.imshow(shown, origin="lower", cmap="Blues", vmin=0, vmax=1)  # roots, so that rare cells can be seen too
+    for low, row in enumerate(histogram):
+        for full, rows in enumerate(row):
+            dark = rows > most / 3
+            ax.text(low, full, str(rows or ""), ha="center", va="center", fontsize=7, color="w" if dark else "k")
+    steps = range(side - margin)
+    edges = [low - 0.5 for low in range(len(steps) + 1)]
+    ax.stairs([low + margin - 0.5 for low in steps], edges, baseline=None, color=_COLOURS["hard"], linewidth=1.5)
+    rows = [(low, full, count) for low, row in enumerate(histogram) for full, count in enumerate(row)]
+    ahead = sum(count for low, full, count in rows if full - low >= margin)
+    file = io.BytesIO()
+    _save(figure, file, "svg")
+    said = f"{histogram[-1][-1]} rows all right at both, {ahead} with full ahead by {margin} or more"
+    return Drawn(file.getvalue(), f"{title}: {said}, of {sum(count for *_, count in rows)}")
+
+
+def plot_shares(groups: Mapping[str, Mapping[str, int]], title: str) -> Drawn:
+    """One bar per group, cut into the shares of its parts, in the order of the first group's parts."""
+    parts = list(next(iter(groups.values()), {}))
+    colours = (_COLOURS["easy"], _COLOURS["hard"], "#b0b0b0", *_OTHERS)
+    figure = Figure(figsize=(5.6, 1.4 + 0.35 * len(groups)), layout="constrained")
+    ax = figure.subplots()
+    _dress(ax, title)
+    ax.set_xlabel("share")
+    left = [0.0] * len(groups)
+    for part, colour in zip(parts, colours, strict=False):
+        widths = [group[part] / max(sum(group.values()), 1) for group in groups.values()]
+        ax.barh(range(len(groups)), widths, left=left, color=colour, label=part.replace("_", " "))
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    ax.set_yticks(range(len(groups)))
+    ax.set_yticklabels([name[:40] for name in groups], parse_math=False)
+    ax.legend(frameon=False, fontsize=7, ncols=len(parts), loc="lower center", bbox_to_anchor=(0.5, 1.12))
+    file = io.BytesIO()
+    _save(figure, file, "svg")
+    said = "; ".join(f"{name} {sum(group.values())}" for name, group in groups.items())
+    return Drawn(file.getvalue(), f"{title} by source: {said}")
+
+
+def _dress(ax: Axes, title: str, shares: bool = False) -> None:
     # A title may name a penalty rule or a data source with a dollar sign, which must not start a formula.
     ax.set_title(title, fontsize=10, parse_math=False)
     ax.set_xlabel("step")

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vt_trl.images import data_uri
 from vt_trl.metrics import RolloutRecord
 from vt_trl.plots import plot_history, plot_request_rates
 from vt_trl.transcripts.record import Transcript
-from vt_trl.transcripts.show import NOTHING, data_uri, environment, is_number, number, render_transcript, share
+from vt_trl.transcripts.show import NOTHING, environment, is_number, number, render_transcript, share
 from vt_trl.types import Rollout
 
 __all__ = ["CURVES", "HEADLINE", "Episode", "choose_episodes", "plot_request_rates", "write_report"]

@@ -6,6 +6,7 @@ submitted as soon as its own turn has ended, so a backend that can interleave ne
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +36,7 @@ class _Episode:
 
     environment: Environment
     row: dict[str, Any]
+    member: int  # of its group, from 0
     prompt: Encoded
     messages: list[Message]
     prompt_messages: int
@@ -92,25 +94,29 @@ class RolloutRunner:
         group_size: int,
         settings: SamplingSettings,
         on_finished: Callable[[Rollout], Any] = lambda rollout: None,
+        on_refused: Callable[[dict[str, Any], DataError], Any] | None = None,
     ) -> list[Rollout]:
         """``group_size`` rollouts of each row, those of a row side by side: ``len(rows) * group_size`` in all.
 
         ``on_finished`` is called with each rollout as soon as it ends, in no particular order, while others still run.
-        Processes that share an engine play the rows of all in step, and each gets its own.
+        ``on_refused`` is called with each row that cannot start and why; such a row has no rollouts then. Without it
+        the error is raised. Processes that share an engine play the rows of all in step, and each gets its own.
         """
         everyone, own = self.group.share(rows)
-        mine = range(own.start * group_size, own.stop * group_size)
-        episodes = [episode for row in everyone for episode in self._start(row, group_size)]
+        started = [self._start_or_refuse(row, group_size, on_refused) for row in everyone]
+        episodes = [episode for members in started for episode in members]
+        first = sum(map(len, started[: own.start]))
+        mine = range(first, first + sum(map(len, started[own])))
         finished: list[Rollout | None] = [None] * len(episodes)
         self.backend.begin(settings)
         try:
             for index, episode in enumerate(episodes):
-                self._submit(index, episode)
+                self._submit(index, episode, settings.seed)
             for sample in self.backend.completed():
                 index = sample.request_id
                 done = self._advance(episodes[index], sample)
                 if done is None:
-                    self._submit(index, episodes[index])
+                    self._submit(index, episodes[index], settings.seed)
                 else:
                     finished[index] = rollout = self._finish(episodes[index], done)
                     if index in mine:
@@ -121,6 +127,20 @@ class RolloutRunner:
         if lost:
             raise RuntimeError(f"The backend ended with {len(lost)} of {len(episodes)} rollouts unfinished.")
         return finished[mine.start : mine.stop]
+
+    def _start_or_refuse(
+        self,
+        row: dict[str, Any],
+        group_size: int,
+        on_refused: Callable[[dict[str, Any], DataError], Any] | None,
+    ) -> list[_Episode]:
+        try:
+            return self._start(row, group_size)
+        except DataError as error:
+            if on_refused is None:
+                raise
+            on_refused(row, error)
+            return []
 
     def _start(self, row: dict[str, Any], group_size: int) -> list[_Episode]:
         first = self.environment()
@@ -138,13 +158,14 @@ class RolloutRunner:
             _Episode(
                 first.fork(),
                 row,
+                member,
                 prompt,
                 list(messages),
                 len(messages),
                 list(prompt.images),
                 visual_tokens=prompt.visual_tokens,
             )
-            for _ in range(group_size)
+            for member in range(group_size)
         ]
 
     def _room(self, episode: _Episode) -> int:
@@ -155,10 +176,11 @@ class RolloutRunner:
             room = min(room, self.limits.context - len(episode.prompt.token_ids) - used)
         return room
 
-    def _submit(self, index: int, episode: _Episode) -> None:
+    def _submit(self, index: int, episode: _Episode, seed: int | None) -> None:
         room = min(self.limits.turn, self._room(episode))
         ids = (*episode.prompt.token_ids, *episode.completion_ids)
-        self.backend.submit(Request(index, ids, tuple(episode.images), room))
+        own_seed = None if seed is None else turn_seed(seed, episode.row.get("id"), episode.member, ids)
+        self.backend.submit(Request(index, ids, tuple(episode.images), room, own_seed))
 
     def _advance(self, episode: _Episode, sample: Sample) -> Done | None:
         """Hand a sampled turn to the environment; None when the episode goes on."""
@@ -201,3 +223,9 @@ class RolloutRunner:
             detail=done.detail,
             visual_tokens=episode.visual_tokens,
         )
+
+
+def turn_seed(seed: int, row_id: Any, member: int, token_ids: Sequence[int]) -> int:
+    """The seed of one turn (63 bits): another one for another row, member of its group, or context, and no other."""
+    digest = hashlib.blake2b(repr((seed, row_id, member, tuple(token_ids))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

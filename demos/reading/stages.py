@@ -62,9 +62,12 @@ class World:
         return make_dataset(count, hard_share, _SEEDS[purpose] + self.seed, **self.task)
 
 
-def make_base(world: World, bar: Progress, steps: int | None = None) -> None:
-    """Train the stand-in for an instruction-tuned checkpoint and save it at ``world.base``."""
-    settings = WarmStart() if steps is None else WarmStart(steps=steps)
+def make_base(world: World, bar: Progress, steps: int | None = None, **settings: Any) -> None:
+    """Train the stand-in for an instruction-tuned checkpoint and save it at ``world.base``.
+
+    ``settings`` are those of :class:`WarmStart`; ``steps=None`` leaves its default.
+    """
+    settings = WarmStart(**settings | ({} if steps is None else {"steps": steps}))
     task = bar.add_task("warm start", total=settings.steps, note="drawing pictures")
     rows = [episode_row(row) for row in world.rows("warm", settings.rows, 0.5)]
 

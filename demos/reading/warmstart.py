@@ -24,11 +24,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from demos.reading.task import QUESTION
 from vt_trl.chat import ChatEncoder
+from vt_trl.dialogue import demonstrate, replay
 from vt_trl.envs import DirectEnv, Environment, ResizeEnv
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
 from vt_trl.tiny import build_tiny
-from vt_trl.types import Done
 
 CLEAR, BLURRED = "<think>clear</think>", "<think>blurred</think>"
 CALL = '<tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
@@ -63,20 +63,10 @@ class _Demonstration:
     """One kind of episode as a fixed token layout; only the letter and the pictures change from row to row."""
 
     def __init__(self, environment: Environment, replies: Sequence[str], row: dict[str, Any], encoder: ChatEncoder):
-        observation, ids, self.images = environment.reset(row), [], []
-        stop = encoder.tokenizer.convert_tokens_to_ids(encoder.family.turn_end)
-        trained: list[int] = []
-        for index, reply in enumerate(replies):
-            told = encoder.reply(observation.messages) if index else encoder.prompt(observation.messages)
-            said = [*encoder.text_ids(reply), stop]
-            ids += told.token_ids + said
-            trained += [0] * len(told.token_ids) + [1] * len(said)
-            self.images += told.images
-            observation = environment.step(reply)
-        if not isinstance(observation, Done) or observation.faults:
-            raise RuntimeError(f"The demonstration is no clean episode: {observation}")
+        said = demonstrate(replay(environment, row, replies), encoder)
+        ids, self.images = said.token_ids, said.images
         self.ids = torch.tensor(ids)
-        self.keep = torch.tensor(trained).nonzero()[:, 0] - 1  # positions whose next token is trained
+        self.keep = torch.tensor(said.loss_mask).nonzero()[:, 0] - 1  # positions whose next token is trained
         letter = encoder.text_ids(row["answer"][0])
         if len(letter) != 1 or ids.count(letter[0]) != 1:
             raise RuntimeError("The answer must be one token that occurs once in the demonstration.")

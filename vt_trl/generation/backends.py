@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vt_trl.envs import Environment
 from vt_trl.generation.base import Backend
@@ -58,7 +58,7 @@ def vllm_backend(trainer: VTGRPOTrainer, example: Environment) -> Backend:
     trainer.vllm_generation = ColocatedEngine(
         **model,
         max_images=example.max_turns,
-        max_image_tokens=largest_image_tokens(trainer, example.max_image_pixels),
+        max_image_tokens=largest_image_tokens(trainer.processing_class, example.max_image_pixels),
         tensor_parallel_size=args.vllm_tensor_parallel_size,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         max_model_length=args.vllm_max_model_length,
@@ -70,8 +70,8 @@ def vllm_backend(trainer: VTGRPOTrainer, example: Environment) -> Backend:
     return VLLMBackend(trainer.vllm_generation, **known)
 
 
-def largest_image_tokens(trainer: VTGRPOTrainer, max_pixels: int | None) -> int:
+def largest_image_tokens(processing_class: Any, max_pixels: int | None) -> int:
     """Visual tokens of the largest picture the environment can show; vLLM's batch must hold one."""
-    processor = trainer.processing_class.image_processor
+    processor = processing_class.image_processor
     largest = min(max_pixels or math.inf, processor.size["longest_edge"])
     return math.ceil(largest / (processor.patch_size * processor.merge_size) ** 2)

@@ -11,13 +11,18 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How tokens are drawn. ``temperature == 0`` means greedy, in every turn."""
+    """How tokens are drawn. ``temperature == 0`` means greedy, in every turn.
+
+    Without ``seed`` all turns draw from the backend's own random state, one after the other. With it each turn has a
+    stream of its own (:attr:`Request.seed`), so that what a row gets does not depend on its neighbours.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    seed: int | None = None
 
     @property
     def greedy(self) -> bool:
@@ -35,6 +40,7 @@ class Request:
     token_ids: tuple[int, ...]
     images: tuple[Image.Image, ...]
     max_new_tokens: int
+    seed: int | None = None  # of the draws of this turn; None: the backend's own random state
 
 
 @dataclass(frozen=True)

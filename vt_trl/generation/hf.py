@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from vt_trl.errors import ConfigError
 from vt_trl.features import ImageFeatures
 from vt_trl.generation.base import Request, Sample, SamplingSettings
 
@@ -45,6 +47,26 @@ class _BanAndRecord(LogitsProcessor):
             drawn = scores.gather(1, input_ids[:, -1:])[:, 0]
             self.steps.append(drawn - scores.logsumexp(-1))
             self._previous = None
+
+
+class _DrawByRow(LogitsProcessor):
+    """Draws each row's token itself, from that row's own stream, and leaves no other token to choose.
+
+    One number per row and step, turned into a token by the inverse of the cumulated probabilities. A row's tokens thus
+    do not depend on its neighbours, but for the last bits of the logits.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float):
+        self.streams = [np.random.default_rng(seed) for seed in seeds]
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        cumulated = (scores.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, V)
+        draws = torch.tensor([[stream.random()] for stream in self.streams], dtype=torch.double, device=scores.device)
+        total = cumulated[:, -1:]
+        point = torch.minimum(draws * total, torch.nextafter(total, torch.zeros_like(total)))
+        drawn = torch.searchsorted(cumulated, point, right=True)  # (B, 1): the first token that reaches above it
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
 
 @contextmanager
@@ -105,6 +127,11 @@ class HFBackend:
         return cls(lambda: nullcontext(model), features, **kwargs)
 
     def begin(self, settings: SamplingSettings) -> None:
+        if settings.seed is not None and (settings.top_p, settings.top_k, settings.min_p or 0.0) != (1.0, 0, 0.0):
+            raise ConfigError(
+                f"seed is {settings.seed} and top_p, top_k or min_p cut the distribution: with transformers a seeded "
+                "turn is drawn from the whole of it. Leave them at 1.0, 0 and None, or use vLLM."
+            )
         self.end()  # what an interrupted phase may have left
         self._settings = settings
         self._model = self._open.enter_context(self.model_context())
@@ -130,7 +157,11 @@ class HFBackend:
     def _generate(self, model: Any, requests: list[Request]) -> list[Sample]:
         inputs = self._collate(requests, model.device)
         recorder = _BanAndRecord(self.banned_ids, self._settings.temperature or 1.0)
-        config = self._generation_config(max(request.max_new_tokens for request in requests))
+        processors = LogitsProcessorList([recorder])
+        seeds = self._seeds(requests)
+        if seeds:
+            processors.append(_DrawByRow(seeds, self._settings.temperature))
+        config = self._generation_config(max(request.max_new_tokens for request in requests), drawn=bool(seeds))
         with _own_generation_config(model, config):
             # The class's method: FSDP2 wraps the instance's so that weights are given up after each call. Not synced:
             # weights are whole here, and processes that sample different numbers of turns would wait for each other.
@@ -138,7 +169,7 @@ class HFBackend:
                 model,
                 **inputs,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([recorder]),
+                logits_processor=processors,
                 synced_gpus=False,
             )
         recorder.gather(output)
@@ -148,6 +179,15 @@ class HFBackend:
             self._sample(request, ids, logps)
             for request, ids, logps in zip(requests, drawn.tolist(), logprobs.tolist(), strict=True)
         ]
+
+    def _seeds(self, requests: list[Request]) -> list[int]:
+        """The seed of each row; empty where nothing is drawn or one random state serves all."""
+        seeds = [request.seed for request in requests if request.seed is not None]
+        if not seeds or self._settings.greedy:
+            return []
+        if len(seeds) < len(requests):
+            raise ValueError("Some requests of a batch have a seed and some have none; give one to all or to none.")
+        return seeds
 
     def _sample(self, request: Request, ids: list[int], logprobs: list[float]) -> Sample:
         """Cut a row of the batch at its stop token, or at its own token limit."""
@@ -171,10 +211,11 @@ class HFBackend:
             inputs |= {"mm_token_type_ids": (ids == self.image_token_id).int(), **self.features.batch(images)}
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
-    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
+    def _generation_config(self, max_new_tokens: int, drawn: bool = False) -> GenerationConfig:
+        """``drawn``: a logits processor has drawn already, and what is left is to take the only token."""
         settings = self._settings
         sampling: dict[str, Any] = {"do_sample": False}
-        if not settings.greedy:
+        if not (settings.greedy or drawn):
             sampling = {
                 "do_sample": True,
                 "temperature": settings.temperature,

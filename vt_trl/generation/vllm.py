@@ -74,7 +74,7 @@ class VLLMBackend:
                 prompt["multi_modal_data"] = {"image": list(request.images)}
                 prompt["multi_modal_uuids"] = {"image": [self._image_id(image) for image in request.images]}
             name = str(next(self._names))
-            self.engine.llm.llm_engine.add_request(name, prompt, self._sampling_params(request.max_new_tokens))
+            self.engine.llm.llm_engine.add_request(name, prompt, self._sampling_params(request))
             self._running[name] = request
 
     def completed(self) -> Iterator[Sample]:
@@ -95,7 +95,7 @@ class VLLMBackend:
         self._image_ids.clear()
         self.engine.sleep()
 
-    def _sampling_params(self, max_new_tokens: int) -> Any:
+    def _sampling_params(self, request: Request) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -106,7 +106,8 @@ class VLLMBackend:
             top_k=settings.top_k,
             min_p=settings.min_p or 0.0,
             repetition_penalty=settings.repetition_penalty,
-            max_tokens=max_new_tokens,
+            max_tokens=request.max_new_tokens,
+            seed=request.seed,
             logprobs=0,  # the sampled token's only
             stop_token_ids=self.eos_token_ids,
             ignore_eos=True,  # or the checkpoint's generation_config.json would stop turns as well

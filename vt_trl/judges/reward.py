@@ -90,6 +90,13 @@ class JudgeReward:
         """Judgements of cases, for tools that want the verdict and its reason."""
         return self._submit(self.judge.judge(cases)).result()
 
+    def judged(self, rollouts: Sequence[Rollout]) -> list[Judgement]:
+        """Judgements of finished rollouts, waited for; an episode without an answer is wrong. Raises JudgeOutage."""
+        cases = [self._case_of(rollout) for rollout in rollouts]
+        judgements = self._submit(self._judge(cases)).result()
+        self._scores(cases, judgements, 0.0, {})
+        return judgements
+
     def close(self) -> None:
         """Give back connections, memory and the thread."""
         if self._loop is not None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -97,7 +95,9 @@ class VLLMScorer:
                 f"transformers."
             ) from error
         self._sleeps = torch.cuda.is_available()
-        with _own_process():
+        from vt_trl.generation.fixed_engine import own_process
+
+        with own_process():
             self._llm = LLM(
                 model=judge.model,
                 dtype=judge.dtype if judge.dtype != "auto" or self._sleeps else "float32",
@@ -131,29 +131,3 @@ class VLLMScorer:
     def _sleep(self) -> None:
         if self._sleeps:
             self._llm.sleep(level=1)
-
-
-@contextmanager
-def _own_process() -> Iterator[None]:
-    """Let vLLM start its engine as a fresh process on this process's GPU, without a place in our process group."""
-    changed = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if torch.cuda.is_available():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        here = torch.cuda.current_device()
-        changed["CUDA_VISIBLE_DEVICES"] = visible[here] if here < len(visible) and visible[here] else str(here)
-    before = {name: os.environ.get(name) for name in (*changed, *hidden)}
-    for name in hidden:
-        os.environ.pop(name, None)
-    os.environ.update(changed)
-    try:
-        from vt_trl.generation.vllm_engine import random_state_kept
-
-        with random_state_kept():
-            yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

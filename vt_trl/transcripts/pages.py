@@ -10,10 +10,11 @@ from typing import Any
 from urllib.parse import urlencode
 
 from vt_trl.errors import DataError
+from vt_trl.images import data_uri
 from vt_trl.plots import plot_history
 from vt_trl.transcripts.browse import ASKED, JUDGED, SORTS, Filter, Place, Run
 from vt_trl.transcripts.record import Transcript
-from vt_trl.transcripts.show import data_uri, environment, inline, picture_kind
+from vt_trl.transcripts.show import environment, inline, picture_kind
 
 PER_PAGE = 50
 MEMBERS = 64  # of one group on a page, at most

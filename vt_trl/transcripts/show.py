@@ -5,12 +5,12 @@ What a policy, a judge or a data set wrote is untrusted: templates escape all of
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
+from vt_trl.images import data_uri
 from vt_trl.transcripts.record import Transcript
 
 try:
@@ -29,11 +29,6 @@ PictureSource = Callable[[Transcript, int], str]
 def picture_kind(data: bytes) -> str:
     """``png`` or ``jpeg``, by the first bytes; empty for anything else, which is not shown."""
     return next((kind for start, kind in _KINDS.items() if data.startswith(start)), "")
-
-
-def data_uri(kind: str, data: bytes) -> str:
-    """A picture as an address that holds it. ``kind``: png, jpeg or svg+xml."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def inline(transcript: Transcript, index: int) -> str:

@@ -1,0 +1,191 @@
+"""What came of a selection: the chosen rows, ``report.json``, and ``report.html`` with plots and examples."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from datasets import Features, Value
+
+from data_prep.counting import VIEWS, RowCount
+from data_prep.kinds import Choice, Kind, choose, shares_by_source
+from data_prep.select import settings_of
+from data_prep.shards import UnitWriter
+from data_prep.units import run_units
+from data_prep.work import digest, picture_bytes, write_whole
+from vt_trl.data import episode_row
+from vt_trl.images import ResolutionRule, data_uri, png_uri
+from vt_trl.rows import FEATURES
+from vt_trl.sources import EMBEDDED, MANIFEST, read_manifest
+
+if TYPE_CHECKING:
+    from data_prep.select import Job
+
+logger = logging.getLogger(__name__)
+_SENTENCES = {
+    Kind.LOW_IS_ENOUGH: "Every answer was right at both resolutions.",
+    Kind.NEEDS_FULL: "Clearly more answers were right at full resolution.",
+    Kind.NEITHER: "The counts decide nothing; these rows are left out.",
+    Kind.JUDGE_FAILED: "At least one answer has no verdict, so there are no counts; these rows are left out.",
+    Kind.BAD_ROW: "The row cannot be used; it is left out.",
+}
+
+
+def finish(job: Job) -> dict[str, Any]:
+    """Choose rows, write them with both reports, say what there is, and return the report."""
+    counts = job.counts()
+    kinds = [count.kind(job.rule) for count in counts]
+    options = job.options
+    pairs = [(count.number, kind) for count, kind in zip(counts, kinds, strict=True)]
+    choice = choose(pairs, options.size, options.share_full, options.seed)
+    report = make_report(job, counts, kinds, choice)
+    if choice.size:
+        write_chosen(job, counts, choice)
+    else:
+        logger.warning("No row was chosen: %s", report["rows_by_kind"])
+    write_whole(options.out / "report.json", json.dumps(report, indent=2) + "\n")
+    write_page(job, report, counts, kinds)
+    _say(report)
+    return report
+
+
+def make_report(job: Job, counts: Sequence[RowCount], kinds: Sequence[Kind], choice: Choice) -> dict[str, Any]:
+    """Numbers of a selection. ``histogram[low][full]``: rows with so many right answers, judged rows only."""
+    side = job.rule.rollouts + 1
+    histogram = [[0] * side for _ in range(side)]
+    judged = [count for count, kind in zip(counts, kinds, strict=True) if kind in _JUDGED]
+    for count in judged:
+        histogram[count.right("low")][count.right("full")] += 1
+    statuses = {view: Counter[str]() for view in VIEWS}
+    for count in counts:
+        for view, found in count.statuses.items():
+            statuses[view].update(found)
+    chosen = {**dict.fromkeys(choice.needs_full, True), **dict.fromkeys(choice.low_is_enough, False)}
+    sources = shares_by_source([(count.source, kind) for count, kind in zip(counts, kinds, strict=True)])
+    for source, found in sources.items():
+        found["chosen"] = sum(count.number in chosen for count in counts if count.source == source)
+    return {
+        "rows": len(counts),
+        "rows_by_kind": dict(choice.available),
+        "chosen": choice.size,
+        "chosen_needs_full": len(choice.needs_full),
+        "chosen_low_is_enough": len(choice.low_is_enough),
+        "short_of_size": max(0, (choice.wanted or 0) - choice.size),
+        "histogram": histogram,
+        "sources": sources,
+        "statuses": {view: dict(sorted(found.items())) for view, found in statuses.items()},
+        "accuracy": {view: _mean([count.right(view) / job.rule.rollouts for count in judged]) for view in VIEWS},
+        "visual_tokens": {view: _mean([count.tokens[view] for count in judged]) for view in VIEWS},
+        "bad_rows": [{"row": c.number, "id": c.id, "reason": c.error} for c in counts if c.error][:_LISTED],
+        "judge_failures": Counter(reason for count in counts for reason in count.failures).most_common(_LISTED),
+        "settings": settings_of(job),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+_UNIT = 1000  # rows written at a time
+_JUDGED = (Kind.LOW_IS_ENOUGH, Kind.NEEDS_FULL, Kind.NEITHER)
+_LISTED = 50  # bad rows and reasons named in the report; all of them are counted
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def write_chosen(job: Job, counts: Sequence[RowCount], choice: Choice) -> None:
+    """The chosen rows in the order of the data set, with ``needs_full`` and the counts, pictures embedded.
+
+    An earlier choice from the same counts is replaced: it can be had again by its settings.
+    """
+    out, full = job.options.out / "rows", set(choice.needs_full)
+    numbers = sorted([*choice.needs_full, *choice.low_is_enough])
+    made_of = {"step": "select", "chosen": digest(numbers, sorted(full)), **job.work.settings}
+    if (out / MANIFEST).is_file() and read_manifest(out)["made_of"].get("chosen") != made_of["chosen"]:
+        shutil.rmtree(out)
+    rows = job.dataset.cast_column("image", EMBEDDED)
+    features = Features(
+        {**FEATURES, **rows.features, **FEATURES, **{f"right_{view}": Value("int32") for view in VIEWS}}
+    )
+    features.pop("image_error", None)
+
+    def work(unit: Sequence[int], writer: UnitWriter) -> None:
+        for number in unit:
+            row = {name: value for name, value in rows[number].items() if name in features}
+            right = {f"right_{view}": counts[number].right(view) for view in VIEWS}
+            writer.add({**row, "image": picture_bytes(row["image"]), "needs_full": number in full, **right})
+
+    units = [numbers[start : start + _UNIT] for start in range(0, len(numbers), _UNIT)]
+    run_units(out, units, work, made_of=made_of, features=features, title="rows written")
+
+
+def write_page(job: Job, report: dict[str, Any], counts: Sequence[RowCount], kinds: Sequence[Kind]) -> None:
+    """``report.html``: the histogram, the shares of each source, and examples of each kind with both views."""
+    from vt_trl.plots import plot_counts, plot_shares
+    from vt_trl.transcripts.show import environment
+
+    names = [kind.value for kind in Kind]
+    plots = [
+        plot_counts(report["histogram"], "Right answers at low and at full resolution", job.rule.margin),
+        plot_shares({s or "(none)": {n: found[n] for n in names} for s, found in report["sources"].items()}, "Rows"),
+    ]
+    examples = []
+    for kind in Kind:
+        chosen = [count for count, own in zip(counts, kinds, strict=True) if own is kind][: job.options.examples]
+        examples.append(
+            {
+                "name": kind.value.replace("_", " "),
+                "sentence": _SENTENCES[kind],
+                "rows": report["rows_by_kind"][kind.value],
+                "examples": [_example(job, count) for count in chosen],
+            }
+        )
+    template = environment().get_template("selection.html.j2")
+    text = template.render(
+        report=report,
+        kinds=names,
+        plots=[{"src": data_uri("svg+xml", plot.svg), "summary": plot.summary} for plot in plots],
+        examples=examples,
+    )
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # JSON can smuggle in lone surrogates
+    write_whole(job.options.out / "report.html", text)
+
+
+def _example(job: Job, count: RowCount) -> dict[str, Any]:
+    """What the template prints of one row: texts as they are (it escapes them), pictures as URIs."""
+    stored = job.dataset[count.number]
+    shown = {"id": count.id, "number": count.number, "source": count.source, "error": count.error, "views": []}
+    shown |= {"question": stored.get("question"), "gold": stored.get("answer"), "failures": count.failures}
+    if count.error:
+        return shown
+    settings = {name: value for name, value in job.environment.items() if name != "prompts"}
+    views = ResolutionRule(**settings).views(episode_row(stored)["image"])
+    for view in VIEWS:
+        picture = getattr(views, view)
+        answers = list(zip(count.answers[view], count.verdicts[view], strict=True))
+        view_shown = {"name": view, "answers": answers, "right": count.right(view), "tokens": count.tokens[view]}
+        size = {"width": picture.width, "height": picture.height}
+        shown["views"].append(view_shown | size | {"src": png_uri(picture)})
+    return shown
+
+
+def _say(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report['rows']} rows, {report['chosen']} chosen")
+    table.add_column("kind")
+    table.add_column("rows", justify="right")
+    for kind, rows in report["rows_by_kind"].items():
+        table.add_row(kind, str(rows))
+    console = Console(stderr=True)
+    console.print(table)
+    if report["short_of_size"]:
+        console.print(
+            f"{report['short_of_size']} rows short of --size: one kind is too rare for this share. Give more rows, "
+            "lower --size, or move --share-full."
+        )
