@@ -24,7 +24,17 @@ class World:
         limits = self.processor.image_processor.size  # not what the checkpoint says: the engine has to follow
         limits["longest_edge"] = 256 * self.side**2
         self.saved = {name: weight.clone() for name, weight in self.model.state_dict().items()}
-        self.engine = ColocatedEngine(
+        self.engine = self.new_engine(**engine_arguments)
+        family = family_of(self.model.config)
+        self.image_id, self.eos = self.tokenizer.convert_tokens_to_ids([family.image_token, family.turn_end])
+        self.banned = family.banned_ids(self.tokenizer, self.model.get_input_embeddings().num_embeddings, {self.eos})
+        # Both fill a block of vLLM's prefix cache (128 tokens on a CPU): smaller prompts are not cached at all.
+        self.small, self.large = self.picture(12, 11), self.picture(14, 12)
+        self.version = 0
+        self.backend = self.new_backend()
+
+    def new_engine(self, **engine_arguments):
+        return ColocatedEngine(
             model=self.model,
             accelerator=Accelerator(cpu=True),
             processing_class=self.processor,
@@ -34,13 +44,6 @@ class World:
             gpu_memory_utilization=0.1,
             **engine_arguments,
         )
-        family = family_of(self.model.config)
-        self.image_id, self.eos = self.tokenizer.convert_tokens_to_ids([family.image_token, family.turn_end])
-        self.banned = family.banned_ids(self.tokenizer, self.model.get_input_embeddings().num_embeddings, {self.eos})
-        # Both fill a block of vLLM's prefix cache (128 tokens on a CPU): smaller prompts are not cached at all.
-        self.small, self.large = self.picture(12, 11), self.picture(14, 12)
-        self.version = 0
-        self.backend = self.new_backend()
 
     def new_backend(self, eos=None, banned=()):
         return VLLMBackend(

@@ -56,6 +56,13 @@ class RunArguments:
     )
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=128, metadata={"help": "Scale of the adapter; effective is alpha / r."})
+    quantize: str = field(
+        default="none",
+        metadata={
+            "help": "Hold the frozen weights under an adapter in 4 bits (QLoRA): the language model's linear layers.",
+            "choices": ["none", "nf4"],
+        },
+    )
     train_vision: bool = field(
         default=True, metadata={"help": "Without an adapter: train the vision tower too, or keep it frozen."}
     )
@@ -75,6 +82,11 @@ class RunArguments:
             raise ConfigError(
                 f"train_vision is false and lora is {self.lora!r}: with an adapter the weights are frozen anyway, and "
                 f"`lora: language` leaves the vision tower without one. Remove train_vision."
+            )
+        if self.quantize != "none" and self.lora == "none":
+            raise ConfigError(
+                f"quantize is {self.quantize} and lora is none: weights in 4 bits cannot be trained. Set lora: "
+                f"language, or quantize: none."
             )
         if self.lora_r < 1:
             raise ConfigError(f"lora_r is {self.lora_r}; a rank is 1 or more.")

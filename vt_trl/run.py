@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch import nn
@@ -16,6 +17,8 @@ from vt_trl.config import VTGRPOConfig
 from vt_trl.data import load_rows, require_good_rows
 from vt_trl.errors import ConfigError
 from vt_trl.families import Family, family_of
+from vt_trl.preflight import check_run
+from vt_trl.quantized import four_bits
 from vt_trl.recipe import RunArguments, effective_settings, parse_recipe
 from vt_trl.trainer import VTGRPOTrainer
 
@@ -47,12 +50,15 @@ def make_trainer(run: RunArguments, args: VTGRPOConfig, **trainer_arguments: Any
         raise ConfigError(f"model is {run.model!r}, which does not load: {error}") from error
     family = family_of(config)
     check_precision(run, args)
+    check_run(run, args, config)
     args.model_init_kwargs = {
         "dtype": run.dtype,
         "attn_implementation": run.attn_implementation,
         **({"revision": run.model_revision} if run.model_revision else {}),
         **(args.model_init_kwargs or {}),
     }
+    if run.quantize != "none":
+        args.model_init_kwargs["quantization_config"] = four_bits(getattr(torch, run.dtype), family)
     forbidden = (family.turn_start, family.turn_end, *family.control_tokens)
     rows = load_rows(run.dataset, run.dataset_split, run.max_rows)
     eval_rows = load_rows(run.eval_dataset, run.eval_split, run.max_eval_rows) if run.eval_dataset else None
@@ -75,6 +81,11 @@ def check_precision(run: RunArguments, args: VTGRPOConfig) -> None:
     Adapters keep their own fp32 weights, and DeepSpeed and FSDP keep an fp32 copy of the policy's.
     """
     sharded = args.deepspeed_plugin is not None or args.distributed_state.distributed_type == DistributedType.FSDP
+    if run.quantize != "none" and sharded:
+        raise ConfigError(
+            f"quantize is {run.quantize}, and the launch divides weights between processes (ZeRO or FSDP): packed "
+            f"4-bit weights are held whole. Launch with recipes/accelerate/ddp.yaml, or set quantize: none."
+        )
     if run.lora == "none" and run.dtype != "float32" and not sharded:
         raise ConfigError(
             f"dtype is {run.dtype} and lora is none: the weights themselves would be trained in 16 bits, in which an "

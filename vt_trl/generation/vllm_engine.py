@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from trl.generation.vllm_generation import VLLMGeneration, empty_cache
+from trl.generation.vllm_generation import empty_cache
 from trl.trainer.utils import ensure_master_addr_port
 
 from vt_trl.errors import ConfigError
 from vt_trl.generation.tensor_parallel import EngineGroup
-from vt_trl.generation.vllm_common import pixel_limits
+from vt_trl.generation.vllm_common import EngineWeights, pixel_limits
 
 CACHES = ("reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache")  # methods of vLLM's LLMEngine
 
 
-class ColocatedEngine(VLLMGeneration):
+class ColocatedEngine(EngineWeights):
     """A vLLM engine in this process that holds a copy of ``model``.
 
     Takes every argument of TRL's ``VLLMGeneration`` and, by keyword:
@@ -43,8 +43,8 @@ class ColocatedEngine(VLLMGeneration):
         mm_processor_kwargs: for vLLM's image processor. Default: the size limits of ``processing_class``.
 
     Raises:
-        ConfigError: for server mode, processes that do not divide into engines, sleep mode on a CPU, 8-bit weights, or
-            an unsuitable vLLM.
+        ConfigError: for server mode, processes that do not divide into engines, sleep mode on a CPU, or an unsuitable
+            vLLM.
     """
 
     def __init__(
@@ -115,8 +115,7 @@ class ColocatedEngine(VLLMGeneration):
         """Everything ``vllm.LLM`` is built with."""
         return {
             "model": self.model.name_or_path,
-            "dtype": str(self._weight_dtype()).removeprefix("torch."),
-            "quantization": _quantization(self.model),
+            "dtype": str(self.dtype or self._weight_dtype()).removeprefix("torch."),
             "distributed_executor_backend": "external_launcher",
             "tensor_parallel_size": self.tensor_parallel_size,
             "seed": self.accelerator.process_index // self.tensor_parallel_size,
@@ -134,11 +133,6 @@ class ColocatedEngine(VLLMGeneration):
             "model_impl": self.model_impl,
             "trust_remote_code": self.trust_remote_code,
         }
-
-    def _weight_dtype(self) -> torch.dtype:
-        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        own = next(weight.dtype for weight in self.model.parameters() if weight.is_floating_point())
-        return self.dtype or mixed or own
 
     @torch.no_grad()
     def sync_weights(self) -> None:
@@ -223,11 +217,3 @@ def random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(arrays)
-
-
-def _quantization(model: torch.nn.Module) -> str | None:
-    """``"bitsandbytes"`` for a model loaded in 4 bits. Raises ConfigError for 8 bits, which vLLM cannot take over."""
-    kinds = {type(module).__name__ for module in model.modules()}
-    if "Linear8bitLt" in kinds:
-        raise ConfigError("load_in_8bit=True: vLLM cannot quantize to 8 bits in flight. Use load_in_4bit, or neither.")
-    return "bitsandbytes" if "Linear4bit" in kinds else None

@@ -22,11 +22,10 @@ import httpx
 from PIL import Image
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 from trl.generation.vllm_client import parse_logprobs
-from trl.generation.vllm_generation import VLLMGeneration
 
 from vt_trl.errors import ConfigError, EngineOutage
 from vt_trl.generation.base import Request, Sample, SamplingSettings
-from vt_trl.generation.vllm_common import BAN, content_id, pixel_limits
+from vt_trl.generation.vllm_common import BAN, EngineWeights, content_id, pixel_limits
 from vt_trl.packing import placeholder_spans
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ _PASSING = {408, 429, 500, 502, 503, 504}  # statuses after which the same reque
 _FINAL_ONLY = 2  # vLLM's output kind: one answer with the whole completion
 
 
-class ServerEngine(VLLMGeneration):
+class ServerEngine(EngineWeights):
     """A vLLM server that holds a copy of ``model``; takes the arguments of TRL's ``VLLMGeneration`` for server mode.
 
     Raises ConfigError when the server was started with settings under which rollout and trainer would not agree, and

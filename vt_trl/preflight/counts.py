@@ -31,6 +31,7 @@ class Counts:
     vision: int
     embedding: int
     adapter: int
+    language_matrices: int  # of the language model's linear layers, which QLoRA holds in 4 bits
     trained: int
     trained_vision: int
     trained_matrices: int
@@ -167,14 +168,18 @@ def _tally(model: Any, vision_module: str) -> Counts:
     of_tower = {id(weight) for weight in tower.parameters()}
     of_ends = {id(weight) for weight in ends}
     numbers = dict.fromkeys(("language", "vision", "embedding", "adapter"), 0)
+    language_matrices = 0
     for name, weight in model.named_parameters():
         in_base = "vision" if id(weight) in of_tower else "embedding" if id(weight) in of_ends else "language"
-        numbers["adapter" if "lora_" in name else in_base] += weight.numel()
+        kind = "adapter" if "lora_" in name else in_base
+        numbers[kind] += weight.numel()
+        language_matrices += weight.numel() if kind == "language" and weight.ndim == 2 else 0
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     matrices = [weight for weight in trained if weight.ndim > 1 and id(weight) not in of_ends]
     linear = [weight.numel() for weight in matrices if weight.ndim == 2]
     return Counts(
         **numbers,
+        language_matrices=language_matrices,
         trained=sum(weight.numel() for weight in trained),
         trained_vision=sum(weight.numel() for weight in trained if id(weight) in of_tower),
         trained_matrices=sum(weight.numel() for weight in matrices),

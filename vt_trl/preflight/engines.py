@@ -44,6 +44,8 @@ class Generation:
 
 def generation(setup: Setup, episode: Episode) -> Generation:
     """Generation for episodes as long as ``episode``."""
+    if setup.args.use_vllm and setup.args.vllm_mode == "server":
+        return Generation(0, 0, 0, 0, 0, 0, episode.tokens, 0)  # on other GPUs
     if setup.args.use_vllm:
         return _vllm(setup, episode)
     w, p, args = setup.widths, setup.precision, setup.args
@@ -61,10 +63,11 @@ def generation(setup: Setup, episode: Episode) -> Generation:
 def _vllm(setup: Setup, episode: Episode) -> Generation:
     """vLLM takes its share of the whole GPU: weights, room for its largest batch, and the cache in what is left."""
     args, w, p = setup.args, setup.widths, setup.precision
-    weights = setup.counts.base * p.compute  # adapters are merged
-    per_token = w.keys_and_values * p.compute
+    shared = args.vllm_tensor_parallel_size  # processes per engine, each with a part of its weights and heads
+    weights = setup.counts.base * p.compute // shared  # adapters are merged
+    per_token = max(1, w.keys_and_values * p.compute // shared)
     context = min(episode.tokens, args.vllm_max_model_length or episode.tokens)
-    working = _vllm_working(w, p, episode, setup.generated)
+    working = _vllm_working(w, p, episode, setup.generated * shared)
     share = None if setup.gpu_bytes is None else round(args.vllm_gpu_memory_utilization * setup.gpu_bytes)
     if args.use_cpu:  # vLLM's CPU build: VLLM_CPU_KVCACHE_SPACE, in GiB, default 4
         share = None

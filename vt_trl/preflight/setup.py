@@ -59,7 +59,8 @@ class Setup:
 
     @cached_property
     def states(self) -> States:
-        return states(self.counts, self.precision, self.launch, self.args, self.run.lora != "none")
+        adapter, quantized = self.run.lora != "none", self.run.quantize != "none"
+        return states(self.counts, self.precision, self.launch, self.args, adapter, quantized)
 
     @cached_property
     def longest(self) -> Episode:

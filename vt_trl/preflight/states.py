@@ -38,14 +38,22 @@ class States:
     gradients_stay: bool  # also while rollouts are generated
 
 
-def states(counts: Counts, p: Precision, launch: Launch, args: VTGRPOConfig, adapter: bool) -> States:
+# NF4 with double quantisation: half a byte, and per 64 weights a byte of scale, which has an fp32 scale per 256 itself
+# (QLoRA, Dettmers et al. 2023, Section 3).
+NF4 = 0.5 + (1 + 4 / 256) / 64
+
+
+def states(
+    counts: Counts, p: Precision, launch: Launch, args: VTGRPOConfig, adapter: bool, quantized: bool = False
+) -> States:
     """Divide what a run holds over the processes of ``launch``.
 
     A second copy of the model is the reference when there is a KL term (``beta``) and no adapter to switch off. TRL
     shards it under ZeRO-3 and FSDP2, under FSDP2 as one unit that is gathered whole.
     """
     frozen = counts.total - counts.trained
-    weights = (counts.trained * p.trained + frozen * p.frozen) / launch.weight_shards
+    packed = counts.language_matrices if quantized else 0
+    weights = (counts.trained * p.trained + (frozen - packed) * p.frozen + packed * NF4) / launch.weight_shards
     optimizer = counts.trained * p.state / launch.state_shards
     reference = counts.base * p.frozen if args.beta != 0 and not adapter else 0
     per_generation = args.steps_per_generation * args.num_iterations
@@ -54,7 +62,7 @@ def states(counts: Counts, p: Precision, launch: Launch, args: VTGRPOConfig, ada
         gradients=round(counts.trained * p.gradient / launch.state_shards),
         optimizer=0 if launch.offload_optimizer else round(optimizer),
         reference=round(reference / launch.weight_shards),
-        gathered=_gathered(counts, p, launch),
+        gathered=counts.layer * p.compute if packed else _gathered(counts, p, launch),  # a layer's weights, unpacked
         gathered_reference=round(reference) if launch.sharding == "fsdp2" else 0,
         unsharded=_unsharded(counts, p, launch, args),
         buckets=_buckets(counts, p, launch),
