@@ -1,7 +1,7 @@
 """Cold-start traces: a strong model plays the environment of training, and what is right and well-formed is kept.
 
 A trace is a row with ``replies``: one (an answer at once) or two (a call for the full picture, then an answer). Wrong
-and malformed tries are rejected, counted by reason, and kept in ``rejected.jsonl``. The rest is for supervised fine-tuning.
+and malformed tries are rejected, counted by reason, and kept in ``rejected.jsonl``. `vt-trl sft` trains on the rest.
 
     vt-trl prepare traces --dataset ROWS --model gpt-4o --out FOLDER
     vt-trl prepare traces --dataset ROWS --writer local --model Qwen/Qwen2.5-VL-72B-Instruct --out FOLDER

@@ -19,8 +19,10 @@ from accelerate.commands.launch import launch_command_parser
 from data_prep import STEPS
 from vt_trl import cli, run, tiny
 from vt_trl.commands import COMMANDS
+from vt_trl.config import VTGRPOConfig
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.recipe import parse_recipe
+from vt_trl.sft import VTSFTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "accelerate")
@@ -49,6 +51,11 @@ def parse(tmp_path):
     return parsed
 
 
+def kind_of(path: Path) -> type:
+    """The settings of the trainer that a recipe is for."""
+    return VTSFTConfig if path.name.startswith("sft") else VTGRPOConfig
+
+
 def ids(paths: list[Path]) -> list[str]:
     return [str(path.relative_to(ROOT / "recipes")) for path in paths]
 
@@ -60,7 +67,7 @@ def test_recipes_are_found():
 
 @pytest.mark.parametrize("path", RECIPES, ids=ids(RECIPES))
 def test_every_recipe_parses(path):
-    arguments, args = parse_recipe(path, (*NAMED, *ON_A_CPU))
+    arguments, args = parse_recipe(path, (*NAMED, *ON_A_CPU), kind_of(path))
     assert (arguments.model, arguments.dataset) == ("x", "y")
     given = yaml.safe_load(path.read_text())
     for name in ("learning_rate", "num_generations", "penalty_theta", "environment_args", "reward_weights"):
@@ -330,7 +337,8 @@ def check_arguments(words: list[str]) -> None:
         return  # a command named in a sentence
     _, options, overrides = cli.parse(words)
     if hasattr(options, "recipe"):
-        parse_recipe(ROOT / options.recipe, (*overrides, *ON_A_CPU))
+        path = ROOT / options.recipe
+        parse_recipe(path, (*overrides, *ON_A_CPU), kind_of(path))
 
 
 def test_commands_are_found():

@@ -8,7 +8,7 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -16,6 +16,7 @@ from trl import TrlParser
 from vt_trl.config import VTGRPOConfig
 from vt_trl.errors import ConfigError, did_you_mean
 
+Settings = TypeVar("Settings")
 _RESERVED = {"env"}  # a mapping of environment variables, handled by TrlParser
 _ALSO_VALID = [
     ("resume_from_checkpoint", True),  # from the last checkpoint in output_dir
@@ -92,17 +93,19 @@ class RunArguments:
             raise ConfigError(f"lora_r is {self.lora_r}; a rank is 1 or more.")
 
 
-def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunArguments, VTGRPOConfig]:
-    """Read a recipe and apply ``--key value`` overrides.
+def parse_recipe(
+    path: str | Path, overrides: Sequence[str] = (), kind: type[Settings] = VTGRPOConfig
+) -> tuple[RunArguments, Settings]:
+    """Read a recipe and apply ``--key value`` overrides; ``kind``: the settings of the trainer that it is for.
 
     Raises ConfigError for a file that is no recipe, for an unknown key (with the nearest valid one), for a value of
     the wrong kind, and for settings that contradict each other.
     """
     path = Path(path)
     settings = read_yaml(path)
-    check_keys(settings, str(path))
-    check_kinds(settings, str(path))
-    parser = TrlParser((RunArguments, VTGRPOConfig))
+    check_keys(settings, str(path), kind)
+    check_kinds(settings, str(path), kind)
+    parser = TrlParser((RunArguments, kind))
     parser.allow_abbrev = False  # a typing error must not become another setting
 
     def refuse(message: str) -> NoReturn:  # argparse would print the usage of all settings and leave
@@ -120,7 +123,7 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunAr
         raise ConfigError(f"{path}: {error}") from error
     unknown = [text for text in rest if text.startswith("--")]
     if rest:
-        check_keys({text[2:].partition("=")[0]: None for text in unknown}, "the command line")
+        check_keys({text[2:].partition("=")[0]: None for text in unknown}, "the command line", kind)
         raise ConfigError(f"The command line has left over: {' '.join(rest)}. Write overrides as `--key value`.")
     return tuple(parsed)
 
@@ -144,9 +147,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def check_keys(settings: Mapping[str, Any], where: str) -> None:
+def check_keys(settings: Mapping[str, Any], where: str, kind: type = VTGRPOConfig) -> None:
     """Raise ConfigError for keys that no setting has, each with the nearest valid name."""
-    known = {f.name for kind in (RunArguments, VTGRPOConfig) for f in fields(kind) if f.init} | _RESERVED
+    known = {f.name for one in (RunArguments, kind) for f in fields(one) if f.init} | _RESERVED
     problems = []
     for key in settings:
         if key not in known:
@@ -156,12 +159,12 @@ def check_keys(settings: Mapping[str, Any], where: str) -> None:
         raise ConfigError(f"Unknown setting in {where}: {', '.join(problems)}.")
 
 
-def check_kinds(settings: Mapping[str, Any], where: str) -> None:
+def check_kinds(settings: Mapping[str, Any], where: str, kind: type = VTGRPOConfig) -> None:
     """Raise ConfigError for values that cannot be what a setting holds.
 
     argparse converts and checks texts only: a number or a list that YAML has read already would pass unseen.
     """
-    kinds = get_type_hints(RunArguments) | get_type_hints(VTGRPOConfig)
+    kinds = get_type_hints(RunArguments) | get_type_hints(kind)
     for key, value in settings.items():
         if key in kinds and not _fits(value, kinds[key]) and (key, value) not in _ALSO_VALID:
             note = " YAML reads no, off, yes and on as truth values: quote them." if isinstance(value, bool) else ""

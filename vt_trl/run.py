@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig, TrainingArguments
 
 from vt_trl.config import VTGRPOConfig
 from vt_trl.data import load_rows, require_good_rows
@@ -44,21 +44,9 @@ def train(recipe: str | Path, overrides: Sequence[str] = (), **trainer_arguments
 
 def make_trainer(run: RunArguments, args: VTGRPOConfig, **trainer_arguments: Any) -> VTGRPOTrainer:
     """Check the rows, load the model, and build the trainer of a recipe."""
-    try:
-        config = AutoConfig.from_pretrained(run.model, revision=run.model_revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model is {run.model!r}, which does not load: {error}") from error
+    config = open_config(run, args)
     family = family_of(config)
-    check_precision(run, args)
     check_run(run, args, config)
-    args.model_init_kwargs = {
-        "dtype": run.dtype,
-        "attn_implementation": run.attn_implementation,
-        **({"revision": run.model_revision} if run.model_revision else {}),
-        **(args.model_init_kwargs or {}),
-    }
-    if run.quantize != "none":
-        args.model_init_kwargs["quantization_config"] = four_bits(getattr(torch, run.dtype), family)
     forbidden = (family.turn_start, family.turn_end, *family.control_tokens)
     rows = load_rows(run.dataset, run.dataset_split, run.max_rows)
     eval_rows = load_rows(run.eval_dataset, run.eval_split, run.max_eval_rows) if run.eval_dataset else None
@@ -75,7 +63,29 @@ def make_trainer(run: RunArguments, args: VTGRPOConfig, **trainer_arguments: Any
     return trainer
 
 
-def check_precision(run: RunArguments, args: VTGRPOConfig) -> None:
+def open_config(run: RunArguments, args: TrainingArguments) -> PretrainedConfig:
+    """The configuration of a run's model, with how it is to be loaded noted in ``args``.
+
+    Raises ConfigError for a model that is not there and for weights too coarse to train.
+    """
+    try:
+        config = AutoConfig.from_pretrained(run.model, revision=run.model_revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model is {run.model!r}, which does not load: {error}") from error
+    family = family_of(config)
+    check_precision(run, args)
+    args.model_init_kwargs = {
+        "dtype": run.dtype,
+        "attn_implementation": run.attn_implementation,
+        **({"revision": run.model_revision} if run.model_revision else {}),
+        **(args.model_init_kwargs or {}),
+    }
+    if run.quantize != "none":
+        args.model_init_kwargs["quantization_config"] = four_bits(getattr(torch, run.dtype), family)
+    return config
+
+
+def check_precision(run: RunArguments, args: TrainingArguments) -> None:
     """Refuse to train 16-bit weights in place: an update of relative size 1e-6 is rounded away.
 
     Adapters keep their own fp32 weights, and DeepSpeed and FSDP keep an fp32 copy of the policy's.

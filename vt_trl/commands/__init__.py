@@ -20,6 +20,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "train": Command("train a recipe; `--key value` overrides a line of it", "vt_trl.commands.train"),
+    "sft": Command("fine-tune on traces, before a policy is trained", "vt_trl.commands.sft"),
     "play": Command("answer as the policy, and see status and reward", "vt_trl.commands.play"),
     "preflight": Command(
         "will it fit? memory, tokens and seconds of a recipe, without a GPU", "vt_trl.commands.preflight"

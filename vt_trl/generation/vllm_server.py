@@ -227,7 +227,7 @@ class ServerBackend:
             "request_id": f"vt_trl-{next(self._names)}-{time.time_ns()}",
             "model": self._model,
             "token_ids": list(request.token_ids),
-            "sampling_params": self._sampling_params(request.max_new_tokens),
+            "sampling_params": self._sampling_params(request),
         }
         if pictures:
             body["features"] = merged_features([future.result() for future in pictures], runs, request.request_id)
@@ -240,7 +240,7 @@ class ServerBackend:
                          zip(ids, sampled[0], values[0], strict=True))  # fmt: skip
         return Sample(request.request_id, ids, logprobs, choice["finish_reason"] == "stop")
 
-    def _sampling_params(self, max_new_tokens: int) -> dict[str, Any]:
+    def _sampling_params(self, request: Request) -> dict[str, Any]:
         settings = self._settings
         return {
             "n": 1,
@@ -249,7 +249,8 @@ class ServerBackend:
             "top_k": settings.top_k,
             "min_p": settings.min_p or 0.0,
             "repetition_penalty": settings.repetition_penalty,
-            "max_tokens": max_new_tokens,
+            "max_tokens": request.max_new_tokens,
+            "seed": request.seed,
             "logprobs": 0,
             "stop_token_ids": self.eos_token_ids,
             "ignore_eos": True,

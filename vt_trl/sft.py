@@ -1,0 +1,152 @@
+"""Supervised fine-tuning on traces: ``vt-trl sft RECIPE``, a cold start for a policy that cannot make both moves yet.
+
+A trace is a row with ``replies``, what the assistant says in its turns (``vt-trl prepare traces`` writes them). It is
+played through the environment of the recipe, so that the model is trained on the very tokens its rollouts will have,
+with loss on the replies alone. The training loop and the loss are TRL's ``SFTTrainer``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoProcessor
+from trl import SFTConfig, SFTTrainer
+
+from vt_trl.chat import ChatEncoder
+from vt_trl.data import episode_row, load_rows, require_good_rows
+from vt_trl.dialogue import Demonstration, collate, demonstrate, replay
+from vt_trl.envs import Environment, make_environment
+from vt_trl.errors import ConfigError, DataError
+from vt_trl.families import family_of
+from vt_trl.features import ImageFeatures
+from vt_trl.recipe import RunArguments, parse_recipe
+from vt_trl.run import freeze_vision, lora_config, open_config
+
+_UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "packing": (False, "dialogues with pictures cannot be joined"),
+    "padding_free": (False, "it cannot take pictures"),
+    "assistant_only_loss": (False, "loss is on what the assistant says in any case"),
+    "completion_only_loss": (None, "loss is on what the assistant says in any case"),
+    "chat_template_path": (None, "dialogues are laid out by the model family, not by a chat template"),
+}
+
+
+@dataclass
+class VTSFTConfig(SFTConfig):
+    """SFT settings of TRL plus the environment that the traces are played through.
+
+    ``max_length`` bounds the tokens of a trace; a longer one stops the run, for a cut one would teach half a picture.
+    """
+
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["environment_args"]
+
+    environment: str = field(default="resize", metadata={"help": "Environment of the policy, as for training."})
+    environment_args: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Settings of the environment; the same as in the recipe that trains it next."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of a trace at most; default no limit."})
+
+    def __post_init__(self) -> None:
+        self.remove_unused_columns = False  # the collator needs the row
+        super().__post_init__()
+        for name, (only, why) in _UNSUPPORTED.items():
+            if getattr(self, name) != only:
+                raise ConfigError(f"{name} is set to {getattr(self, name)!r}, which has no effect here: {why}.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ConfigError(f"max_length is {self.max_length}; it counts tokens. Leave it out for no limit.")
+        make_environment(self.environment, self.environment_args)
+
+
+class TraceCollator:
+    """Rows with ``replies`` to a batch of tokens, labels and pictures; see :func:`vt_trl.dialogue.collate`.
+
+    Raises DataError, with the row's id, for replies that are no clean episode and for a trace that is too long.
+    """
+
+    def __init__(
+        self,
+        environment: Callable[[], Environment],
+        encoder: ChatEncoder,
+        pad_id: int,
+        max_length: int | None = None,
+    ):
+        self.environment, self.encoder, self.pad_id, self.max_length = environment, encoder, pad_id, max_length
+        self.image_token_id = encoder.tokenizer.convert_tokens_to_ids(encoder.family.image_token)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        features = self.encoder.features
+        features.clear()
+        demonstrations = [self.demonstration(row) for row in rows]
+        return collate(demonstrations, features, pad_id=self.pad_id, image_token_id=self.image_token_id)
+
+    def demonstration(self, row: Mapping[str, Any]) -> Demonstration:
+        """One trace as tokens."""
+        try:
+            dialogue = replay(self.environment(), episode_row(row), row["replies"])
+            found = demonstrate(dialogue, self.encoder)
+            if self.max_length is not None and len(found.token_ids) > self.max_length:
+                raise DataError(
+                    f"the trace has {len(found.token_ids)} tokens and max_length is {self.max_length}; raise it, "
+                    f"lower max_pixels in environment_args, or leave the row out"
+                )
+        except DataError as error:
+            raise error.at(id=str(row.get("id"))) from error
+        return found
+
+
+def sft(recipe: str | Path, overrides: Sequence[str] = (), **trainer_arguments: Any) -> SFTTrainer:
+    """Run an SFT recipe to its end and save the model in its ``output_dir``; returns the trainer."""
+    run, args = parse_recipe(recipe, overrides, VTSFTConfig)
+    trainer = make_sft_trainer(run, args, **trainer_arguments)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return trainer
+
+
+def make_sft_trainer(run: RunArguments, args: VTSFTConfig, **trainer_arguments: Any) -> SFTTrainer:
+    """Check the traces, load the model, and build TRL's trainer with our collator."""
+    config = open_config(run, args)
+    family = family_of(config)
+    processor = AutoProcessor.from_pretrained(run.model, revision=run.model_revision)
+    tokenizer = processor.tokenizer
+    encoder = ChatEncoder(tokenizer, family, ImageFeatures(processor.image_processor))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    environment = make_environment(args.environment, args.environment_args)
+    rows = traces(run.dataset, run.dataset_split, run.max_rows, run.on_bad_row)
+    eval_rows = None
+    if run.eval_dataset:
+        eval_rows = traces(run.eval_dataset, run.eval_split, run.max_eval_rows, run.on_bad_row)
+    trainer = SFTTrainer(
+        model=run.model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        data_collator=TraceCollator(environment, encoder, pad_id, args.max_length),
+        peft_config=lora_config(run, family),
+        **trainer_arguments,
+    )
+    if not run.train_vision:
+        freeze_vision(trainer.model, family)
+    return trainer
+
+
+def traces(source: str, split: str | None, limit: int | None, on_bad_row: str) -> Dataset:
+    """Good rows that have replies. Raises DataError when the column is missing or a row has none."""
+    rows = load_rows(source, split, limit)
+    if "replies" not in rows.column_names:
+        raise DataError(
+            f"{source!r} has no column `replies`, so it holds rows and no traces; write some with "
+            f"`vt-trl prepare traces`"
+        )
+    for number, replies in enumerate(rows["replies"]):
+        if not replies or not all(isinstance(reply, str) and reply.strip() for reply in replies):
+            raise DataError("replies is empty, or no list of texts", row=number)
+    return require_good_rows(rows, on_bad_row)
