@@ -22,8 +22,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("source", help="a file or folder, or OWNER/NAME on the Hub, which is downloaded")
     parser.add_argument("format", choices=FORMATS, metavar="FORMAT", help="one of the formats above")
     parser.add_argument("--out", required=True, help="folder for the rows; run again, an interrupted import goes on")
-    parser.add_argument("--images", help="folder that paths of pictures start from (default: the table's folder)")
+    parser.add_argument(
+        "--images", help="folder that paths start from (default: the table's), or Parquet of id, image"
+    )
     parser.add_argument("--map", default="", help="our column=the source's, for other names: question=query,id=key")
+    parser.add_argument("--data-source", help="name of rows that have none (default: the format's or the folder's)")
     parser.add_argument("--split", help="of a source with several (default: train, or the only one)")
     parser.add_argument("--files", help="pattern inside the source, e.g. 'train/*.json'")
     parser.add_argument("--revision", help="commit, tag or branch of a data set on the Hub")
@@ -47,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
         Path(options.out),
         images=options.images,
         renamed=renamed,
+        name=options.data_source,
         workers=options.workers,
     )
     counts = totals(manifest)

@@ -30,13 +30,15 @@ UNIT_ROWS = 5000
 class Reader:
     """Makes rows of one source's records.
 
-    ``chosen``: our column -> the source's; ``root``: where paths start; ``extras``: columns that pass through.
+    ``chosen``: our column -> the source's; ``root``: where paths start; ``extras``: columns that pass through;
+    ``name``: ``data_source`` where neither row nor format has one.
     """
 
     format: Format
     chosen: Mapping[str, str]
     root: str
     extras: Features = field(default_factory=Features)
+    name: str = "unknown"
 
     @property
     def columns(self) -> list[str]:
@@ -62,7 +64,7 @@ class Reader:
             "image": None,
             "question": _with_choices(_question(found["question"]), choices),
             "answer": by_votes([answer.strip() for answer in answers]),
-            "data_source": str(found.get("data_source") or self.format.source or "unknown"),
+            "data_source": str(found.get("data_source") or self.format.source or self.name),
             "needs_full": _flag(found.get("needs_full")),
             "choices": choices,
             "region": _numbers(found.get("region")),
@@ -103,30 +105,53 @@ def import_rows(
     *,
     images: str | None = None,
     renamed: Mapping[str, str] | None = None,
+    name: str | None = None,
     workers: int = 0,
     unit_rows: int = UNIT_ROWS,
 ) -> dict[str, Any]:
     """Write the rows of a source to ``out`` and the bad ones to ``out/quarantine.jsonl``; returns the manifest.
 
-    ``images``: folder that paths start from, instead of the one the table lies in. ``renamed``: our column -> the
-    source's. Raises :class:`DataError` for a source that cannot be read or lacks a column.
+    ``images``: folder that paths start from, instead of the one the table lies in, or Parquet files with the columns
+    ``id`` and ``image``. ``renamed``: our column -> the source's. ``name``: ``data_source`` of rows that have none, by
+    default the folder's name. Raises :class:`DataError` for a source that cannot be read or lacks a column.
     """
-    root = str(Path(images).expanduser().absolute() if images else found.root)
+    root = Path(images).expanduser().absolute() if images else found.root
+    name = name or found.root.name
+    packed = (
+        sorted(root.rglob("*.parquet")) if images and root.is_dir() else [root] if root.suffix == ".parquet" else []
+    )
     made_of = {
         "step": "import",
         "files": found.fingerprint(),
         "format": format.help,
-        "images": images,
+        "images": [images, Found(packed, root).fingerprint()],
+        "name": name,
         "map": dict(renamed or {}),
         "unit_rows": unit_rows,
     }
 
     def plan(folder: Path) -> Sequence[tuple[Unit, Reader]]:
         table = open_table(found.files, unit_rows, folder)
-        reader = Reader(format, format.choose(table.columns, renamed or {}), root)
+        start = _unpacked(packed, folder / "pictures") if packed else root
+        reader = Reader(format, format.choose(table.columns, renamed or {}), str(start), name=name)
         return [(unit, reader) for unit in table.units]
 
     return run_units(out, plan, _import_unit, made_of=made_of, workers=workers, title="import", keep=[QUARANTINE])
+
+
+def _unpacked(files: Sequence[Path], folder: Path) -> Path:
+    """A folder with the pictures of Parquet files, named by their ids: on the Hub GQA keeps them apart like that."""
+    table = open_table(files, UNIT_ROWS, folder)
+    if not {"id", "image"} <= set(table.columns):
+        raise DataError(f"--images: {files[0].name!r} has the columns {table.columns}; id and image are needed")
+    folder.mkdir(exist_ok=True)
+    for unit in table.units:
+        for number, record in read_unit(unit, ["id", "image"]):
+            name, picture = str(record["id"]), record["image"]
+            if not re.fullmatch(r"\w[\w-]*", name) or not isinstance(picture, Mapping) or not picture.get("bytes"):
+                raise DataError("--images: a plain id and a picture inside the file are needed", row=number, id=name)
+            (folder / f"{name}.jpg").write_bytes(picture["bytes"])
+    return folder
 
 
 def _import_unit(job: tuple[Unit, Reader], writer: UnitWriter) -> None:

@@ -146,6 +146,21 @@ def test_gqa_questions_by_id(tmp_path, images):
     assert (rows[0]["answer"], red(rows[0])) == (["no"], 10)
 
 
+def test_gqa_on_the_hub_keeps_pictures_apart(tmp_path):
+    for name in ("instructions", "images"):
+        (tmp_path / "gqa" / name).mkdir(parents=True)
+    embedded({"id": ["238", "n16_x"]}).to_parquet(tmp_path / "gqa" / "images" / "train-0.parquet")
+    asked = {"id": ["7", "8"], "imageId": ["n16_x", "238"], "question": ["Is it red?", "Who?"], "answer": ["no", "he"]}
+    Dataset.from_dict(asked).to_parquet(tmp_path / "gqa" / "instructions" / "train-0.parquet")
+    images = str(tmp_path / "gqa" / "images")
+    rows = imported(tmp_path / "gqa" / "instructions", "gqa", tmp_path, images=images)
+    assert [(one["id"], red(one)) for one in rows] == [("gqa-7", 11), ("gqa-8", 10)]
+    assert not (tmp_path / "out" / ".work").exists()
+    embedded({"id": ["../x"]}).to_parquet(tmp_path / "gqa" / "images" / "train-0.parquet")
+    with pytest.raises(DataError, match="a plain id and a picture"):
+        imported(tmp_path / "gqa" / "instructions", "gqa", tmp_path, "out2", images=images)
+
+
 def test_mathvista_with_choices(tmp_path, images):
     root = images("images/1.jpg", "images/2.jpg")
     records = {
@@ -195,6 +210,7 @@ def test_folder_with_csv_keeps_texts(tmp_path, images):
     rows = imported(root, "rows", tmp_path)
     assert rows[0]["answer"] == ["007"] and rows[0]["question"].startswith('Say "two",\nplease?\n(A) 007')
     assert rows[0]["region"] == [0, 0, 10, 5] and rows[0]["needs_full"] is True
+    assert {one["data_source"] for one in rows} == {"source"}  # the folder's name
     assert rows[1]["answer"] == ["[1, 2]"] and rows[1]["choices"] is None and rows[1]["needs_full"] is None
 
 

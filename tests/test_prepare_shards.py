@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from helpers import png
+from helpers import png, row
 
+from data_prep.finding import find
+from data_prep.formats import FORMATS
+from data_prep.importing import import_rows
 from data_prep.shards import UnitWriter
 from data_prep.units import run_units, totals
 from vt_trl.data import check_rows, load_rows
@@ -119,6 +122,34 @@ def test_kill_in_the_middle(whole, tmp_path):
     assert len(list(out.glob("*.parquet"))) <= there + 1
     run_units(out, UNITS, write, made_of={"source": "x"})
     assert content(out) == content(whole)
+
+
+def test_kill_of_an_import(tmp_path):
+    """SIGKILL while two workers import a JSON file: the second run leaves what an undisturbed one does."""
+    root, out = tmp_path / "source", tmp_path / "killed"
+    root.mkdir()
+    (root / "0.png").write_bytes(png((9, 0, 0)))
+    (root / "rows.json").write_text(json.dumps([row(number, image="0.png") for number in range(3000)]))
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from pathlib import Path; from data_prep.finding import find\n"
+        "from data_prep.formats import FORMATS; from data_prep.importing import import_rows\n"
+        "if __name__ == '__main__':\n"
+        "    import_rows(find(sys.argv[1]), FORMATS['rows'], Path(sys.argv[2]), unit_rows=50, workers=2)\n"
+    )
+    command = [sys.executable, str(script), str(root), str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    while len(list(out.glob("*.parquet"))) < 5:
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert not json.loads((out / "manifest.json").read_text())["complete"]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    manifest = import_rows(find(str(root)), FORMATS["rows"], tmp_path / "whole", unit_rows=50)
+    assert totals(manifest)["good"] == 3000
+    assert content(out) == content(tmp_path / "whole") and len(content(out)) == 62
 
 
 def test_shards_are_of_bounded_size(tmp_path):
