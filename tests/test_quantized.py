@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
+from bitsandbytes.nn import Linear4bit
 from conftest import picture
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -55,15 +56,14 @@ def forward(model, path):
 
 def test_linear_layers_of_the_language_model_are_in_4_bits_and_nothing_else(policy):
     model, run, config, _ = policy
-    packed = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     assert packed and all("language_model.layers" in name for name in packed)
     layers = config.get_text_config().num_hidden_layers
     assert len(packed) == 7 * layers  # query, key, value, output, gate, up, down
     numbers = count(config, run)
     held = sum(
         module.weight.numel() + state.absmax.numel() + 4 * state.state2.absmax.numel()
-        for module in model.modules()
-        if type(module).__name__ == "Linear4bit"
+        for module in packed.values()
         for state in [module.weight.quant_state]
     )
     # The preflight's bytes; a tiny matrix rounds its few scales up to whole blocks.

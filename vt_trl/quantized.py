@@ -28,7 +28,7 @@ def four_bits(compute_dtype: torch.dtype, family: Family) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=[family.vision_module.rpartition(".")[2], "lm_head"],
+        llm_int8_skip_modules=[family.vision_module, "lm_head"],
     )
 
 
