@@ -78,7 +78,7 @@ def test_every_recipe_parses(path):
 @pytest.mark.parametrize("path", LAUNCHES, ids=ids(LAUNCHES))
 def test_every_launch_configuration_loads(path):
     config = load_config_from_file(str(path))  # raises on keys that accelerate does not know
-    kinds = {"cpu": "MULTI_GPU", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
+    kinds = {"cpu": "MULTI_GPU", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
     assert config.distributed_type == kinds[path.stem]
     assert config.num_processes == (2 if path.stem == "cpu" else 8)
     assert config.mixed_precision == ("no" if path.stem == "cpu" else "bf16")
