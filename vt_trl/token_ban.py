@@ -7,10 +7,13 @@ forward, no parameter, in no checkpoint, and gone when the saved model is loaded
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 _BAN = -1e4  # exp(-1e4) is exactly 0 in every float format, and the number is finite in fp16
 
@@ -32,3 +35,22 @@ def ban_tokens(model: nn.Module, token_ids: Sequence[int]) -> None:
     bias[list(token_ids)] = _BAN
     head._parameters.pop("bias", None)  # nn.Linear(bias=False) keeps the name reserved for a parameter
     head.register_buffer("bias", bias, persistent=False)
+
+
+def declare_whole(model: nn.Module) -> None:
+    """Tell TRL's fused head that the bias of :func:`ban_tokens` is whole on every process.
+
+    It takes a bias for a parameter that ZeRO-3 has partitioned or FSDP2 has sharded along with the weight, and would
+    gather it. The marks sit on the tensor and are lost when the model moves, so they are set before each forward.
+    """
+    bias = model.get_output_embeddings().bias
+    if is_deepspeed_zero3_enabled() and not hasattr(bias, "ds_status"):
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        bias.ds_status = ZeroParamStatus.AVAILABLE
+    if not hasattr(bias, "full_tensor"):
+        bias.full_tensor = partial(_itself, weakref.ref(bias))
+
+
+def _itself(tensor: weakref.ref[torch.Tensor]) -> torch.Tensor:
+    return tensor()

@@ -46,7 +46,7 @@ from vt_trl.resume import EndInOrder, ResumableTrainer
 from vt_trl.rewards import make_rewards
 from vt_trl.rollout import Limits, RolloutRunner
 from vt_trl.sharding import unsharded
-from vt_trl.token_ban import ban_tokens
+from vt_trl.token_ban import ban_tokens, declare_whole
 from vt_trl.transcripts.log import TranscriptLog
 from vt_trl.types import Rollout, RolloutStatus
 
@@ -248,9 +248,12 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
         for start in self._early:
             start(rollout)
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, ...]:
+        declare_whole(self.accelerator.unwrap_model(model))
         with labelled_positions_only():
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """TRL's loss; where it is a mean over sequences, over those only whose group carries loss.
