@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import picture
+from helpers import SHORT_PROMPTS
 from PIL import Image
 
 from demos.reading import table
 from demos.reading.ablation import RULES, outcome
 from demos.reading.stages import targets
+from vt_trl.envs import ResizeEnv
+from vt_trl.run_notes import RunNotes, environment_facts
 from vt_trl.types import Done, RolloutStatus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +33,7 @@ def test_readme_is_short():
     assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 200
 
 
-def test_python_examples_run():
+def test_python_examples_run(checkpoint, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict = {}
     for block in blocks:
@@ -39,6 +45,11 @@ def test_python_examples_run():
     assert environment.step("", truncated=True).status is RolloutStatus.TRUNCATED
     said = [[{"role": "assistant", "content": "x" * length}] for length in (399, 400)]
     assert names["brevity"](said) == [1.0, 0.0]
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    facts = environment_facts(ResizeEnv(prompts=SHORT_PROMPTS, min_pixels=3136), SimpleNamespace(max_turn_tokens=2))
+    RunNotes(environment=facts).write(model)
+    picture(0).save(tmp_path / "receipt.png")
+    assert names["read_total"](str(model), str(tmp_path / "receipt.png")) == (None, False, 4)  # cut after two tokens
 
 
 def test_three_seeds_meet_every_target():

@@ -301,6 +301,7 @@ def shown() -> list[tuple[str, str]]:
         "docs/judges.md",
         "docs/data.md",
         "docs/hub.md",
+        "docs/evaluate.md",
         "docs/seeing-a-run.md",
     )
     texts = [(path, path.read_text()) for path in (*(ROOT / name for name in pages), *RECIPES)]

@@ -26,7 +26,6 @@ from data_prep.kinds import Kind, Rule
 from vt_trl.chat import ChatEncoder
 from vt_trl.data import load_rows
 from vt_trl.errors import ConfigError, JudgeOutage
-from vt_trl.evaluate import make_runner
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
 from vt_trl.generation.base import Sample, SamplingSettings, ScriptedBackend

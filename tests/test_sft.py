@@ -20,10 +20,10 @@ from vt_trl.data import load_rows
 from vt_trl.dialogue import Demonstration, collate, demonstrate, replay
 from vt_trl.envs import ResizeEnv, make_environment
 from vt_trl.errors import ConfigError, DataError
-from vt_trl.evaluate import make_runner
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
 from vt_trl.generation.base import SamplingSettings, ScriptedBackend
+from vt_trl.generation.standalone import make_runner
 from vt_trl.recipe import parse_recipe
 from vt_trl.rollout import Limits, RolloutRunner
 from vt_trl.sft import TraceCollator, VTSFTConfig, sft

@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "VisionThinkPipeline": "vt_trl.pipeline",
     "VTGRPOConfig": "vt_trl.config",
     "VTGRPOTrainer": "vt_trl.trainer",
     "Environment": "vt_trl.envs",

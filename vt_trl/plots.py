@@ -168,6 +168,27 @@ def plot_shares(groups: Mapping[str, Mapping[str, int]], title: str) -> Drawn:
     return Drawn(file.getvalue(), f"{title} by source: {said}")
 
 
+def plot_tradeoff(points: Sequence[tuple[str, float, float, Sequence[float] | None]], axis: str) -> Drawn:
+    """Accuracy against tokens: a labelled point per policy, with its confidence interval.
+
+    ``points``: name, tokens, accuracy from 0 to 1, and the interval's edges; ``axis`` says what the tokens are.
+    """
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    ax = figure.subplots()
+    _dress(ax, "Accuracy against visual tokens", shares=True)
+    ax.set_xlabel(axis)
+    for number, (name, tokens, accuracy, edges) in enumerate(points):
+        colour = (*_OTHERS, *_COLOURS.values())[number % (len(_OTHERS) + len(_COLOURS))]
+        low, high = edges or (accuracy, accuracy)
+        ax.errorbar(tokens, accuracy, [[accuracy - low], [high - accuracy]], color=colour, marker="o", capsize=3)
+        ax.annotate(name, (tokens, accuracy), (6, 6), textcoords="offset points", fontsize=8, parse_math=False)
+    ax.margins(x=0.15)
+    file = io.BytesIO()
+    _save(figure, file, "svg")
+    said = "; ".join(f"{name} {100 * right:.1f} % at {at:.1f}" for name, at, right, _ in points)
+    return Drawn(file.getvalue(), said)
+
+
 def _dress(ax: Axes, title: str, shares: bool = False) -> None:
     # A title may name a penalty rule or a data source with a dollar sign, which must not start a formula.
     ax.set_title(title, fontsize=10, parse_math=False)

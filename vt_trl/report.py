@@ -7,7 +7,7 @@ untrusted: the template escapes all of it, and the page forbids scripts. Needs `
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,20 @@ def choose_episodes(pairs: Iterable[Episode | tuple[Rollout, RolloutRecord]], co
     Kinds of episode (status, asked, correct, source) are shown in turn; within that, groups that taught something
     (an advantage other than 0) go first, then statuses and sources not shown yet, then rows not shown yet.
     """
-    left = [pair if isinstance(pair, Episode) else Episode(*pair) for pair in pairs]
-    live = {episode.record.group for episode in left if episode.record.advantage}
+    episodes = [pair if isinstance(pair, Episode) else Episode(*pair) for pair in pairs]
+    return choose_varied(episodes, count, lambda episode: episode.record)
+
+
+def choose_varied(items: Iterable[Any], count: int, facts: Callable[[Any], Any] = lambda item: item) -> list[Any]:
+    """The selection of :func:`choose_episodes` among any items; ``facts`` gives a record or a transcript of each."""
+    left = list(items)
+    live = {facts(item).group for item in left if facts(item).advantage}
     kinds: Counter[tuple] = Counter()
     traits: Counter[tuple] = Counter()
     rows: Counter[str] = Counter()
 
-    def rank(episode: Episode) -> tuple:
-        record, kind = episode.record, _kind(episode.record)
+    def rank(item: Any) -> tuple:
+        record, kind = facts(item), _kind(facts(item))
         new = sum(trait not in traits for trait in enumerate(kind))
         return kinds[kind], record.group not in live, -new, rows[record.id]
 
@@ -68,13 +74,13 @@ def choose_episodes(pairs: Iterable[Episode | tuple[Rollout, RolloutRecord]], co
         best = min(left, key=rank)  # the first of equals
         left.remove(best)
         chosen.append(best)
-        kinds[_kind(best.record)] += 1
-        traits.update(enumerate(_kind(best.record)))
-        rows[best.record.id] += 1
+        kinds[_kind(facts(best))] += 1
+        traits.update(enumerate(_kind(facts(best))))
+        rows[facts(best).id] += 1
     return chosen
 
 
-def _kind(record: RolloutRecord) -> tuple:
+def _kind(record: RolloutRecord | Transcript) -> tuple:
     return record.status, record.asked, record.correct, record.source
 
 

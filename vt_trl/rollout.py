@@ -7,7 +7,8 @@ submitted as soon as its own turn has ended, so a backend that can interleave ne
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,19 @@ class Limits:
     turn: int
     completion: int
     context: int | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """A turn that has just ended, of the ``index``-th rollout.
+
+    ``shown``: what the environment answered, empty at the end; ``rollout``: the whole of it, once it has ended.
+    """
+
+    index: int
+    turn: Turn
+    shown: tuple[Message, ...]
+    rollout: Rollout | None
 
 
 @dataclass
@@ -107,26 +121,39 @@ class RolloutRunner:
         episodes = [episode for members in started for episode in members]
         first = sum(map(len, started[: own.start]))
         mine = range(first, first + sum(map(len, started[own])))
-        finished: list[Rollout | None] = [None] * len(episodes)
+        finished: dict[int, Rollout] = {}
+        with closing(self._steps(episodes, settings)) as steps:
+            for step in steps:
+                if step.rollout is not None and step.index in mine:
+                    finished[step.index] = step.rollout
+                    on_finished(step.rollout)
+        return [finished[index] for index in mine]
+
+    def steps(self, rows: Sequence[dict[str, Any]], settings: SamplingSettings) -> Iterator[Step]:
+        """Every turn of one rollout per row as it ends. Close the iterator to give the rest up."""
+        return self._steps([self._start(row, 1)[0] for row in rows], settings)
+
+    def _steps(self, episodes: Sequence[_Episode], settings: SamplingSettings) -> Iterator[Step]:
+        left = set(range(len(episodes)))
         self.backend.begin(settings)
         try:
             for index, episode in enumerate(episodes):
                 self._submit(index, episode, settings.seed)
             for sample in self.backend.completed():
                 index = sample.request_id
-                done = self._advance(episodes[index], sample)
+                episode = episodes[index]
+                said = len(episode.messages) + 1
+                done = self._advance(episode, sample)
                 if done is None:
-                    self._submit(index, episodes[index], settings.seed)
+                    self._submit(index, episode, settings.seed)
+                    yield Step(index, episode.turns[-1], tuple(episode.messages[said:]), None)
                 else:
-                    finished[index] = rollout = self._finish(episodes[index], done)
-                    if index in mine:
-                        on_finished(rollout)
+                    left.remove(index)
+                    yield Step(index, episode.turns[-1], (), self._finish(episode, done))
         finally:
             self.backend.end()
-        lost = [index for index, rollout in enumerate(finished) if rollout is None]
-        if lost:
-            raise RuntimeError(f"The backend ended with {len(lost)} of {len(episodes)} rollouts unfinished.")
-        return finished[mine.start : mine.stop]
+        if left:
+            raise RuntimeError(f"The backend ended with {len(left)} of {len(episodes)} rollouts unfinished.")
 
     def _start_or_refuse(
         self,
@@ -164,6 +191,8 @@ class RolloutRunner:
                 len(messages),
                 list(prompt.images),
                 visual_tokens=prompt.visual_tokens,
+                asked=observation.granted,
+                attempted=observation.called,
             )
             for member in range(group_size)
         ]

@@ -11,21 +11,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from transformers import TrainerCallback
 
 from demos.reading.task import ALPHABET, make_dataset
 from demos.reading.warmstart import WarmStart, warm_start
 from vt_trl import __version__
 from vt_trl.data import episode_row
-from vt_trl.envs import make_environment
-from vt_trl.evaluate import Evaluation, evaluate, make_runner
+from vt_trl.evaluation import Evaluation, play_rows
 from vt_trl.generation.base import SamplingSettings
+from vt_trl.inference import PolicyModel
+from vt_trl.policies import parse_policy
 from vt_trl.recipe import read_yaml
-from vt_trl.rollout import Limits
 
 EVAL_HARD_SHARE = 0.25
 TRAIN_HARD_SHARE = 0.5
@@ -78,17 +77,14 @@ def make_base(world: World, bar: Progress, steps: int | None = None, **settings:
     warm_start(world.base, rows, prompts, settings, world.seed, advance)
 
 
-def _evaluate(
-    world: World, model_path: Path, environment: str, bar: Progress, label: str, **settings: Any
-) -> Evaluation:
+def _evaluate(world: World, model_path: Path, policy: str, bar: Progress, label: str, **settings: Any) -> Evaluation:
     sampled = settings.pop("sampled", False)
-    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(model_path)
-    limits = Limits(world.settings["max_turn_tokens"], world.settings["max_completion_length"])
-    factory = make_environment(environment, world.settings["environment_args"] | settings)
+    limits = {name: world.settings[name] for name in ("max_turn_tokens", "max_completion_length")}
+    model = PolicyModel(model_path, dtype="float32", device="cpu", **limits)
+    args = world.settings["environment_args"] | settings
     task = bar.add_task(label, total=len(world.eval_rows), note="")
-    return evaluate(
-        make_runner(model, processor, factory, limits),
+    return play_rows(
+        model.runner(parse_policy(policy).environment(args)),
         world.eval_rows,
         SamplingSettings(temperature=1.0 if sampled else 0.0),
         progress=lambda count: bar.advance(task, count),
@@ -97,8 +93,8 @@ def _evaluate(
 
 def measure_controls(world: World, bar: Progress) -> dict[str, Any]:
     """Reading directly at a fixed resolution: what asking can win, and what it costs."""
-    full = _evaluate(world, world.base, "direct", bar, "control: always full", resolution="full")
-    low = _evaluate(world, world.base, "direct", bar, "control: always low", resolution="low")
+    full = _evaluate(world, world.base, "always-full", bar, "control: always full")
+    low = _evaluate(world, world.base, "always-low", bar, "control: always low")
     return {
         "always_full_accuracy": full.rate("correct"),
         "always_low_accuracy": low.rate("correct"),
@@ -115,8 +111,8 @@ def measure_controls(world: World, bar: Progress) -> dict[str, Any]:
 
 def measure(world: World, model_path: Path, label: str, bar: Progress) -> dict[str, float]:
     """Greedy evaluation of the two-turn policy on the held-out rows, and its sampled request rates."""
-    greedy = _evaluate(world, model_path, "resize", bar, label)
-    sampled = _evaluate(world, model_path, "resize", bar, f"{label}, sampled", sampled=True)
+    greedy = _evaluate(world, model_path, "two-turn", bar, label)
+    sampled = _evaluate(world, model_path, "two-turn", bar, f"{label}, sampled", sampled=True)
     return {
         "accuracy": greedy.rate("correct"),
         "accuracy_easy": greedy.rate("correct", "easy"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from vt_trl.chat import ChatEncoder
 from vt_trl.envs import Environment
 from vt_trl.errors import ConfigError
-from vt_trl.evaluate import make_runner, stop_ids_of
-from vt_trl.families import family_of
+from vt_trl.families import Family, family_of
 from vt_trl.features import ImageFeatures
 from vt_trl.generation.backends import largest_image_tokens
+from vt_trl.generation.base import Backend
+from vt_trl.generation.hf import HFBackend
 from vt_trl.rollout import Limits, RolloutRunner
 
 BACKENDS = ("auto", "vllm", "transformers")
@@ -28,7 +30,8 @@ class Checkpoint:
     """A model to sample from, and how.
 
     ``backend``: ``auto`` is vLLM where there is a GPU and vLLM, else transformers. ``dtype``: ``auto`` is bfloat16 on
-    a GPU and float32 elsewhere. ``max_batch``: sequences at a time. ``gpu_memory_utilization`` is vLLM's.
+    a GPU and float32 elsewhere. ``max_batch``: sequences at a time. ``gpu_memory_utilization`` is vLLM's, ``device``
+    transformers' (default: the GPU if there is one).
     """
 
     model: str
@@ -37,6 +40,7 @@ class Checkpoint:
     dtype: str = "auto"
     max_batch: int = 128
     gpu_memory_utilization: float = 0.9
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -53,56 +57,141 @@ class Checkpoint:
         return ("bfloat16" if torch.cuda.is_available() else "float32") if self.dtype == "auto" else self.dtype
 
 
+def load_part(checkpoint: Checkpoint, load: Callable[..., Any], **settings: Any) -> Any:
+    """``load`` (a ``from_pretrained``) on a checkpoint. Raises ConfigError when there is none, or only an adapter."""
+    folder = Path(checkpoint.model).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"model is {checkpoint.model!r}, an adapter without its base. Merge them with "
+            f"`vt-trl export {checkpoint.model} --merge`, and name the folder that this writes."
+        )
+    try:
+        return load(folder if folder.is_dir() else checkpoint.model, revision=checkpoint.revision, **settings)
+    except (OSError, ValueError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model is {checkpoint.model!r}, which does not load: {why} Give a folder with weights and processor, or "
+            f"a name on the Hub."
+        ) from error
+
+
 def open_runner(checkpoint: Checkpoint, environment: Callable[[], Environment], limits: Limits) -> RolloutRunner:
     """The rollout loop of a checkpoint. Raises ConfigError when it does not load."""
+    parts = open_parts(checkpoint)
+    example = environment()
+    image_tokens = largest_image_tokens(parts.processor, example.max_image_pixels)
+    if checkpoint.uses_vllm and not limits.context:
+        # 4096 for the texts
+        limits = replace(limits, context=image_tokens * example.max_turns + limits.completion + 4096)
+    backend = open_backend(checkpoint, parts, limits.context, example.max_turns, image_tokens)
+    return parts.runner(backend, environment, limits)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All of a checkpoint but its weights, and the token ids that follow from it."""
+
+    config: Any
+    processor: Any
+    family: Family
+    features: ImageFeatures
+    stop_ids: set[int]
+    banned_ids: list[int]
+    generation_config: GenerationConfig
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def image_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.family.image_token)
+
+    def runner(self, backend: Backend, environment: Callable[[], Environment], limits: Limits) -> RolloutRunner:
+        encoder = ChatEncoder(self.tokenizer, self.family, self.features)
+        return RolloutRunner(environment, backend, encoder, self.stop_ids, limits)
+
+
+def open_parts(checkpoint: Checkpoint) -> Parts:
+    """Everything but the weights; refuses families nobody has taught us before gigabytes are read."""
+    config = load_part(checkpoint, AutoConfig.from_pretrained)
+    family = family_of(config)
+    processor = load_part(checkpoint, AutoProcessor.from_pretrained)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.model, revision=checkpoint.revision)
-        processor = AutoProcessor.from_pretrained(checkpoint.model, revision=checkpoint.revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model is {checkpoint.model!r}, which does not load: {error}") from error
-    family_of(config)  # refuses families nobody has taught us before gigabytes are read
+        settings = GenerationConfig.from_pretrained(checkpoint.model, revision=checkpoint.revision)
+    except OSError:  # a checkpoint need not have any
+        settings = GenerationConfig()
+    return make_parts(config, processor, family, settings)
+
+
+def make_parts(config: Any, processor: Any, family: Family, settings: GenerationConfig) -> Parts:
+    """Token ids as in training: what ends a turn, and what is never sampled (also what the checkpoint suppresses)."""
+    stop_ids = stop_ids_of(processor.tokenizer, settings)
+    banned = family.banned_ids(processor.tokenizer, config.get_text_config().vocab_size, stop_ids)
+    banned = sorted({*banned, *(settings.suppress_tokens or ())} - stop_ids)
+    return Parts(config, processor, family, ImageFeatures(processor.image_processor), stop_ids, banned, settings)
+
+
+def open_backend(
+    checkpoint: Checkpoint, parts: Parts, context: int | None, max_images: int, max_image_tokens: int
+) -> Backend:
+    """Load the weights, into vLLM or onto the device. ``max_images``: in one context, of so many tokens each."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # each process of a launch has its own GPU
     if checkpoint.uses_vllm:
-        return _vllm_runner(checkpoint, config, processor, environment, limits)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(
-        checkpoint.model, revision=checkpoint.revision, dtype=checkpoint.torch_dtype
+        return _vllm_backend(checkpoint, parts, context, max_images, max_image_tokens)
+    model = load_part(checkpoint, AutoModelForImageTextToText.from_pretrained, dtype=checkpoint.torch_dtype)
+    device = checkpoint.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return _hf_backend(model.to(device).eval().requires_grad_(False), parts, checkpoint.max_batch)
+
+
+def _hf_backend(model: Any, parts: Parts, max_batch: int) -> HFBackend:
+    return HFBackend.for_model(
+        model,
+        parts.features,
+        pad_id=parts.tokenizer.pad_token_id,
+        stop_ids=sorted(parts.stop_ids),
+        banned_ids=parts.banned_ids,
+        image_token_id=parts.image_token_id,
+        max_batch=max_batch,
     )
-    model.to(device).eval().requires_grad_(False)
-    return make_runner(model, processor, environment, limits, checkpoint.max_batch)
 
 
-def _vllm_runner(
-    checkpoint: Checkpoint, config: Any, processor: Any, environment: Callable[[], Environment], limits: Limits
-) -> RolloutRunner:
+def _vllm_backend(
+    checkpoint: Checkpoint, parts: Parts, context: int | None, max_images: int, max_image_tokens: int
+) -> Backend:
     from vt_trl.generation.fixed_engine import FixedEngine
     from vt_trl.generation.vllm import VLLMBackend
 
-    tokenizer, family = processor.tokenizer, family_of(config)
-    example = environment()
-    image_tokens = largest_image_tokens(processor, example.max_image_pixels)
-    context = limits.context or image_tokens * example.max_turns + limits.completion + 4096  # for the texts
-    limits = Limits(limits.turn, limits.completion, context)
-    stop_ids = stop_ids_of(tokenizer, GenerationConfig.from_pretrained(checkpoint.model, revision=checkpoint.revision))
     engine = FixedEngine(
         model=checkpoint.model,
         revision=checkpoint.revision,
         dtype=checkpoint.torch_dtype,
-        processor=processor,
-        max_images=example.max_turns,
-        max_image_tokens=image_tokens,
+        processor=parts.processor,
+        max_images=max_images,
+        max_image_tokens=max_image_tokens,
         max_model_length=context,
         max_num_seqs=checkpoint.max_batch,
         gpu_memory_utilization=checkpoint.gpu_memory_utilization,
     )
-    vocab = getattr(config, "text_config", config).vocab_size
-    backend = VLLMBackend(
+    return VLLMBackend(
         engine,
-        image_token_id=tokenizer.convert_tokens_to_ids(family.image_token),
-        eos_token_ids=sorted(stop_ids),
-        banned_ids=family.banned_ids(tokenizer, vocab, stop_ids),
+        image_token_id=parts.image_token_id,
+        eos_token_ids=sorted(parts.stop_ids),
+        banned_ids=parts.banned_ids,
         weights_version=lambda: 0,
     )
-    encoder = ChatEncoder(tokenizer, family, ImageFeatures(processor.image_processor))
-    return RolloutRunner(environment, backend, encoder, stop_ids, limits)
+
+
+def make_runner(
+    model: Any, processor: Any, environment: Callable[[], Environment], limits: Limits, max_batch: int = 128
+) -> RolloutRunner:
+    """A rollout loop on a loaded model, with the transformers backend."""
+    parts = make_parts(model.config, processor, family_of(model.config), model.generation_config)
+    return parts.runner(_hf_backend(model, parts, max_batch), environment, limits)
+
+
+def stop_ids_of(tokenizer: Any, generation_config: Any) -> set[int]:
+    """The tokens that end a turn: those of the checkpoint's generation settings, and the tokenizer's own."""
+    stop = generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(stop if isinstance(stop, Iterable) else [stop])} - {None}
