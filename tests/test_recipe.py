@@ -289,7 +289,7 @@ def commands_of(text: str, comments: bool) -> list[str]:
     lines += re.findall(r"`([^`\n]+)`", text)
     lines = [re.sub(r"^(?:[A-Z_]+=\S+ )+", "", line) for line in lines]
     found = [line for line in lines if line.startswith(_STARTS) and "…" not in line and "..." not in line]
-    return [" ".join(shlex.split(line, comments=True)) for line in found if "`" not in line]
+    return [shlex.join(shlex.split(line, comments=True)) for line in found if "`" not in line]
 
 
 def shown() -> list[tuple[str, str]]:

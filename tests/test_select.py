@@ -29,6 +29,7 @@ from vt_trl.errors import ConfigError, JudgeOutage
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
 from vt_trl.generation.base import Sample, SamplingSettings, ScriptedBackend
+from vt_trl.generation.standalone import make_runner
 from vt_trl.judges import make_judge, make_judge_reward
 from vt_trl.rollout import Limits, RolloutRunner
 
