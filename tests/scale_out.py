@@ -25,14 +25,20 @@ STEPS = 4
 SAMPLES = 32  # per update, over all processes: 8 rows x 4 members
 
 
-def allow_fsdp_on_cpu() -> None:
-    """Let accelerate's FSDP code run on CPUs: it asks for a GPU where it decides, and nowhere after that."""
+def asked_for(engine: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{engine}") == "true"
+
+
+def allow_sharding_on_cpu() -> None:
+    """Let accelerate's FSDP and DeepSpeed code run on CPUs: it asks for a GPU where it decides, and nowhere after."""
     original = AcceleratorState.__init__
 
     def on_cpu(self: AcceleratorState, *args, **kwargs) -> None:
         if not AcceleratorState._shared_state:
             PartialState(cpu=True)
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            kind = DistributedType.DEEPSPEED if asked_for("DEEPSPEED") else DistributedType.MULTI_GPU
+            PartialState._shared_state["distributed_type"] = kind
+        kwargs.pop("cpu", None)
         original(self, *args, **kwargs)
 
     AcceleratorState.__init__ = on_cpu
@@ -77,18 +83,18 @@ def whole_sums(trainer: VTGRPOTrainer) -> dict[str, float]:
     """The sum of squares of every parameter, gathered from its shards."""
     sums = {}
     for name, value in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
-        value = value.detach()
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        sums[name] = value.double().square().sum().item()
+        with trainer._dist.gather_params([value]):
+            whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+            sums[name] = whole.double().square().sum().item()
     return sums
 
 
-def losses(checkpoint: str, out: Path) -> dict:
+def losses(checkpoint: str, out: Path, **changes) -> dict:
     """STEPS updates on scripted rollouts, whole batches and two micro-batches of them."""
     seen = {}
     for name, pieces in (("whole", 1), ("accumulated", 2)):
         batch = SAMPLES // int(os.environ.get("WORLD_SIZE", "1")) // pieces
-        settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": pieces}
+        settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": pieces, **changes}
         trainer = make_trainer(checkpoint, out / name, scripted=True, **settings)
         trainer.train()
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -96,9 +102,16 @@ def losses(checkpoint: str, out: Path) -> dict:
             "log": [{key: entry[key] for key in ("loss", "grad_norm", "kl", "entropy", "reward")} for entry in log],
             "sums": whole_sums(trainer),
             "kind": trainer.accelerator.distributed_type.name,
-            "sharded": any(isinstance(value, DTensor) for value in trainer.model.parameters()),
+            "sharded": any(
+                isinstance(value, DTensor) or hasattr(value, "ds_shape") for value in trainer.model.parameters()
+            ),
         }
     return seen
+
+
+def adam(checkpoint: str, out: Path) -> dict:
+    """``losses`` with AdamW, which is what DeepSpeed shards."""
+    return losses(checkpoint, out, optim="adamw_torch", learning_rate=1e-3)
 
 
 def uneven(checkpoint: str, out: Path) -> dict:
@@ -131,14 +144,14 @@ def resumed(checkpoint: str, out: Path) -> dict:
     return logs
 
 
-JOBS = {"losses": losses, "uneven": uneven, "resumed": resumed}
+JOBS = {"losses": losses, "adam": adam, "uneven": uneven, "resumed": resumed}
 
 
 def main(job: str, checkpoint: str, out: str) -> None:
     torch.set_num_threads(1)
     set_seed(0)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        allow_fsdp_on_cpu()
+    if asked_for("FSDP") or asked_for("DEEPSPEED"):
+        allow_sharding_on_cpu()
     for name in job.split(","):
         seen = JOBS[name](checkpoint, Path(out))
         (Path(out) / f"{name}-{PartialState().process_index}.json").write_text(json.dumps(seen))

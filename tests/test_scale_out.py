@@ -1,4 +1,4 @@
-"""Two processes with DDP and with FSDP2 against one: the same losses and weights; resuming; uneven sampling."""
+"""Two processes with DDP, FSDP2 and ZeRO against one: the same losses and weights; resuming; uneven sampling."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def run(job: str, checkpoint: Path, out: Path, config: Path | None = None) -> di
         launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", port]
     done = subprocess.run(
         [sys.executable, *launch, str(ROOT / "tests" / "scale_out.py"), job, str(checkpoint), str(out)],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=os.environ
+        | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        | {"DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         timeout=600,
@@ -39,19 +41,61 @@ def run(job: str, checkpoint: Path, out: Path, config: Path | None = None) -> di
             for name in job.split(",")}  # fmt: skip
 
 
+def shipped(name: str, folder: Path) -> Path:
+    """A launch configuration of ``recipes/accelerate``, for two processes and in fp32."""
+    settings = yaml.safe_load((ROOT / "recipes" / "accelerate" / f"{name}.yaml").read_text())
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(settings | {"num_processes": 2, "mixed_precision": "no"}))
+    return path
+
+
 @pytest.fixture(scope="module")
 def seen(checkpoint, tmp_path_factory) -> dict[str, dict[str, list[dict]]]:
     root = tmp_path_factory.mktemp("scale_out")
-    # The shipped file, for two processes and in fp32.
-    shipped = yaml.safe_load((ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text())
-    fsdp2 = root / "fsdp2.yaml"
-    fsdp2.write_text(yaml.safe_dump(shipped | {"num_processes": 2, "mixed_precision": "no"}))
-    ddp = ROOT / "recipes" / "accelerate" / "cpu.yaml"
     return {
         "one": run("losses", checkpoint, root / "one"),
-        "ddp": run("losses,resumed", checkpoint, root / "ddp", ddp),
-        "fsdp2": run("losses,resumed,uneven", checkpoint, root / "fsdp2", fsdp2),
+        "ddp": run("losses,resumed", checkpoint, root / "ddp", shipped("cpu", root)),
+        "fsdp2": run("losses,resumed,uneven", checkpoint, root / "fsdp2", shipped("fsdp2", root)),
     }
+
+
+@pytest.fixture(scope="module")
+def with_deepspeed(checkpoint, tmp_path_factory) -> dict[str, dict[str, list[dict]]]:
+    """DeepSpeed compiles its communication on CPUs, which takes a minute the first time."""
+    pytest.importorskip("deepspeed")
+    root = tmp_path_factory.mktemp("deepspeed")
+    return {
+        "one": run("adam", checkpoint, root / "one"),
+        "zero2": run("adam,resumed", checkpoint, root / "zero2", shipped("zero2", root)),
+        "zero3": run("adam,resumed,uneven", checkpoint, root / "zero3", shipped("zero3", root)),
+    }
+
+
+def check_alike(one: dict, two: dict, steps: int = 4) -> None:
+    assert len(one["log"]) == len(two["log"]) == steps
+    for alone, shared in zip(one["log"], two["log"], strict=True):
+        assert shared["loss"] == pytest.approx(alone["loss"], abs=TOLERANCE)
+        assert shared["grad_norm"] == pytest.approx(alone["grad_norm"], abs=TOLERANCE)
+        assert shared["entropy"] == pytest.approx(alone["entropy"], abs=1e-4)
+        assert shared["kl"] == pytest.approx(alone["kl"], abs=1e-4)
+    assert one["log"][0]["grad_norm"] > 0.1  # there is something to compare
+    assert one["log"][-1]["kl"] > 1e-4  # the weights have moved
+    assert two["sums"] == {name: pytest.approx(value, rel=1e-5) for name, value in one["sums"].items()}
+
+
+def check_resumed(ranks: list[dict]) -> None:
+    """To the bit: rollouts left over, optimizer, order of data and random states are those of the run that was cut."""
+    for rank in ranks:
+        whole, cut = rank["at once"], rank["in two"]
+        assert len(whole["losses"]) == 4
+        assert cut == whole
+
+
+def check_uneven(ranks: list[dict]) -> None:
+    first, second = ranks
+    assert (max(first["turns"]), max(second["turns"])) == (2, 1)
+    assert first["losses"] == second["losses"] and len(first["losses"]) == 2
+    assert first["sums"] == second["sums"]
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
@@ -59,31 +103,29 @@ def seen(checkpoint, tmp_path_factory) -> dict[str, dict[str, list[dict]]]:
 def test_two_processes_give_the_losses_and_weights_of_one(seen, engine, batches):
     one, two = seen["one"]["losses"][0][batches], seen[engine]["losses"][0][batches]
     assert (two["kind"], two["sharded"]) == {"ddp": ("MULTI_CPU", False), "fsdp2": ("FSDP", True)}[engine]
-    assert len(two["log"]) == 4
-    for alone, shared in zip(one["log"], two["log"], strict=True):
-        assert shared["loss"] == pytest.approx(alone["loss"], abs=TOLERANCE)
-        assert shared["grad_norm"] == pytest.approx(alone["grad_norm"], abs=TOLERANCE)
-        assert shared["entropy"] == pytest.approx(alone["entropy"], abs=1e-4)
-        assert shared["kl"] == pytest.approx(alone["kl"], abs=1e-4)
-    assert one["log"][0]["grad_norm"] > 0.1  # there is something to compare
-    assert one["log"][-1]["kl"] > 1e-3  # the weights have moved
-    assert two["sums"] == {name: pytest.approx(value, rel=1e-5) for name, value in one["sums"].items()}
+    check_alike(one, two)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_processes_resume_in_the_middle_of_a_generation(seen, engine):
-    """To the bit: rollouts left over, optimizer, order of data and random states are those of the run that was cut."""
-    ranks = seen[engine]["resumed"]
-    for rank in ranks:
-        whole, cut = rank["at once"], rank["in two"]
-        assert len(whole["losses"]) == len(cut["losses"]) == 4
-        assert cut["losses"] == whole["losses"]
-        assert cut["sums"] == whole["sums"]
+    check_resumed(seen[engine]["resumed"])
 
 
 def test_fsdp2_samples_where_one_process_needs_more_rounds_than_the_other(seen):
     """Every forward of a sharded model gathers weights; a process that is done must not be waited for."""
-    first, second = seen["fsdp2"]["uneven"]
-    assert (max(first["turns"]), max(second["turns"])) == (2, 1)
-    assert first["losses"] == second["losses"] and len(first["losses"]) == 2
-    assert first["sums"] == second["sums"]
+    check_uneven(seen["fsdp2"]["uneven"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_zero_gives_the_losses_and_weights_of_one_process_and_resumes(with_deepspeed, engine):
+    for batches in ("whole", "accumulated"):
+        one, two = with_deepspeed["one"]["adam"][0][batches], with_deepspeed[engine]["adam"][0][batches]
+        assert (two["kind"], two["sharded"]) == ("DEEPSPEED", engine == "zero3")
+        check_alike(one, two)
+    check_resumed(with_deepspeed[engine]["resumed"])
+
+
+@pytest.mark.slow
+def test_zero_3_samples_where_one_process_needs_more_rounds_than_the_other(with_deepspeed):
+    check_uneven(with_deepspeed["zero3"]["uneven"])
