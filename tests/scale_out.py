@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -20,6 +22,7 @@ from two_processes import ENVIRONMENT, GROUP, ByRowAndMember, by_token, numbered
 from vt_trl.config import VTGRPOConfig
 from vt_trl.generation.base import ScriptedBackend
 from vt_trl.trainer import VTGRPOTrainer
+from vt_trl.types import Done, Observation, RolloutStatus
 
 STEPS = 4
 SAMPLES = 32  # per update, over all processes: 8 rows x 4 members
@@ -44,6 +47,17 @@ def allow_sharding_on_cpu() -> None:
     AcceleratorState.__init__ = on_cpu
 
 
+class FirstHalfAsks(AsksFirst):
+    """Episodes of rows 0 to 3 have a second turn, whichever process plays them; the others end after the first."""
+
+    def reset(self, row: Mapping[str, Any]) -> Observation:
+        self.asks = int(row["id"].removeprefix("row-")) < 4
+        return super().reset(row)
+
+    def step(self, reply: str, truncated: bool = False) -> Observation | Done:
+        return super().step(reply) if self.asks else Done(RolloutStatus.ANSWERED, answer=reply)
+
+
 def make_trainer(checkpoint: str, out: Path, scripted: bool, **settings) -> VTGRPOTrainer:
     """Rollouts that do not depend on the number of processes, or real sampling with uneven numbers of rounds."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -55,6 +69,7 @@ def make_trainer(checkpoint: str, out: Path, scripted: bool, **settings) -> VTGR
             "max_steps": STEPS,
             "max_completion_length": 400,
             "max_turn_tokens": 400 if scripted else 5,
+            "shuffle_dataset": scripted,  # else rows 0 to 3, which ask, are the first process's
             "environment_args": ENVIRONMENT,
             "mask_truncated_completions": False,
             "gradient_checkpointing": False,
@@ -72,10 +87,7 @@ def make_trainer(checkpoint: str, out: Path, scripted: bool, **settings) -> VTGR
     if scripted:
         options = {"backend": ScriptedBackend(ByRowAndMember(checkpoint, GROUP))}
     else:
-        # Only the first process's rows ask, so that it samples one round more than the other.
-        first = os.environ.get("RANK", "0") == "0"
-        environment = lambda: AsksFirst(**ENVIRONMENT)  # noqa: E731
-        options = {"reward_funcs": [by_token, by_token]} | ({"environment": environment} if first else {})
+        options = {"reward_funcs": [by_token, by_token], "environment": lambda: FirstHalfAsks(**ENVIRONMENT)}
     return VTGRPOTrainer(checkpoint, args, numbered_rows(8), **options)
 
 
@@ -115,7 +127,7 @@ def adam(checkpoint: str, out: Path) -> dict:
 
 
 def uneven(checkpoint: str, out: Path) -> dict:
-    """Sampling from the policy itself where one process needs more rounds than the other."""
+    """Sampling from the policy itself, where one process needs more rounds than the other."""
     trainer = make_trainer(checkpoint, out / "uneven", scripted=False, max_steps=2)
     trainer.train()
     turns = [len(rollout.turns) for rollout in trainer.last_rollouts]
@@ -144,7 +156,24 @@ def resumed(checkpoint: str, out: Path) -> dict:
     return logs
 
 
-JOBS = {"losses": losses, "adam": adam, "uneven": uneven, "resumed": resumed}
+def tensor_parallel(checkpoint: str, out: Path) -> dict:
+    """One vLLM engine over both processes; the first's rows ask, so its episodes are longer than the other's."""
+    engine = {"use_vllm": True, "vllm_tensor_parallel_size": 2, "vllm_max_model_length": 1024}
+    trainer = make_trainer(checkpoint, out / "tp", False, max_steps=2,
+                           vllm_gpu_memory_utilization=0.1, per_device_train_batch_size=8, **engine)  # fmt: skip
+    trainer.train()
+    gaps = [entry["sampling/logp_difference_max"] for entry in trainer.state.log_history if "loss" in entry]
+    rollouts = trainer.last_rollouts
+    return {
+        "gaps": gaps,
+        "rows": [rollout.row["id"] for rollout in rollouts],
+        "turns": [len(rollout.turns) for rollout in rollouts],
+        "drawn": [list(rollout.turns[0].token_ids) for rollout in rollouts],
+        "sums": whole_sums(trainer),
+    }
+
+
+JOBS = {"tensor_parallel": tensor_parallel, "losses": losses, "adam": adam, "uneven": uneven, "resumed": resumed}
 
 
 def main(job: str, checkpoint: str, out: str) -> None:

@@ -129,3 +129,20 @@ def test_zero_gives_the_losses_and_weights_of_one_process_and_resumes(with_deeps
 @pytest.mark.slow
 def test_zero_3_samples_where_one_process_needs_more_rounds_than_the_other(with_deepspeed):
     check_uneven(with_deepspeed["zero3"]["uneven"])
+
+
+@pytest.mark.vllm
+def test_two_processes_share_one_vllm_engine(tmp_path):
+    """Each gets the rollouts of its own rows, of other lengths than the other's, and the trainer's log-probabilities
+    agree with those of the engine before and after an update."""
+    from vt_trl.tiny import build_tiny
+
+    checkpoint = build_tiny(tmp_path / "wide", family="qwen2_5_vl", hidden_size=128)  # two heads, one per process
+    first, second = run("tensor_parallel", checkpoint, tmp_path / "out", shipped("cpu", tmp_path))["tensor_parallel"]
+    assert len(first["rows"]) == len(second["rows"]) == 8
+    assert not set(first["rows"]) & set(second["rows"])
+    assert first["turns"] != second["turns"] and {*first["turns"], *second["turns"]} == {1, 2}
+    assert first["drawn"] != second["drawn"]
+    assert len({tuple(ids) for ids in first["drawn"]}) > 4  # members of a group differ
+    assert len(first["gaps"]) == 2 and max(first["gaps"] + second["gaps"]) < 1e-4
+    assert first["sums"] == second["sums"]
