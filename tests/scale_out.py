@@ -159,8 +159,9 @@ def resumed(checkpoint: str, out: Path) -> dict:
 def tensor_parallel(checkpoint: str, out: Path) -> dict:
     """One vLLM engine over both processes; the first's rows ask, so its episodes are longer than the other's."""
     engine = {"use_vllm": True, "vllm_tensor_parallel_size": 2, "vllm_max_model_length": 1024}
-    trainer = make_trainer(checkpoint, out / "tp", False, max_steps=2,
-                           vllm_gpu_memory_utilization=0.1, per_device_train_batch_size=8, **engine)  # fmt: skip
+    trainer = make_trainer(
+        checkpoint, out / "tp", scripted=False, max_steps=2, vllm_gpu_memory_utilization=0.1, **engine
+    )
     trainer.train()
     gaps = [entry["sampling/logp_difference_max"] for entry in trainer.state.log_history if "loss" in entry]
     rollouts = trainer.last_rollouts

@@ -17,6 +17,7 @@ from published import TOKEN, finish, untrained
 
 from vt_trl import cli
 from vt_trl.checkpoints import problem_with
+from vt_trl.config import VTGRPOConfig
 from vt_trl.errors import ConfigError
 from vt_trl.export import export
 from vt_trl.hub import HubError, published_files
@@ -230,3 +231,8 @@ def test_a_token_on_a_wrong_command_line_is_not_repeated(tmp_path):
         with pytest.raises(ConfigError, match="hub_token[ =]\\*\\*\\*") as raised:
             parse_recipe(recipe, [*given, "--max_steps", "many"])
         assert TOKEN not in str(raised.value)
+
+
+def test_settings_do_not_print_the_token(tmp_path):
+    args = VTGRPOConfig(str(tmp_path), hub_token="hf_secret", num_generations=2, per_device_train_batch_size=2)
+    assert "hf_secret" not in repr(args) + str(args) and "HUB_TOKEN" in repr(args)

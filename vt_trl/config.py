@@ -31,7 +31,7 @@ _CHOICES = {
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class VTGRPOConfig(GRPOConfig):
     """GRPO settings of TRL plus environment, rewards and penalty.
 
@@ -132,6 +132,8 @@ class VTGRPOConfig(GRPOConfig):
     generation_chunk: int = field(
         default=64, metadata={"help": "Sequences per generate call of the transformers backend; bounds its memory."}
     )
+
+    __repr__ = GRPOConfig.__str__  # which masks hub_token; the one of a dataclass prints it
 
     def __post_init__(self) -> None:
         if self.eval_greedy and self.num_generations_eval is None:

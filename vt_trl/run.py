@@ -38,6 +38,7 @@ def train(recipe: str | Path, overrides: Sequence[str] = (), **trainer_arguments
         return trainer  # there may be seconds left: the checkpoint is saved, and that is enough
     if args.eval_strategy != "no" or run.eval_dataset:
         trainer.evaluate()
+    trainer.save_state()  # the figures of every step, for `vt-trl view`
     trainer.save_model(args.output_dir)  # and, with push_to_hub, push it
     return trainer
 
