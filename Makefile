@@ -4,6 +4,7 @@ VENV ?= .venv
 SEED ?= 0
 OUT ?= runs/demo
 THREADS ?= 2
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: demo ablation test test-vllm lint setup clean
@@ -25,7 +26,7 @@ ablation: setup
 	$(BIN)/python -m demos.reading.ablation
 
 test: setup lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from helpers import png
 from PIL import Image
 
@@ -50,16 +51,25 @@ def checkpoint(checkpoints: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained tiny judge: about a minute, once."""
+    """A trained tiny judge: about a minute, once, whichever of several workers asks first."""
     from vt_trl.tiny_judge import build_tiny_judge
 
-    return build_tiny_judge(tmp_path_factory.mktemp("judge") / "tiny")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return build_tiny_judge(tmp_path_factory.mktemp("judge") / "tiny")
+    shared = tmp_path_factory.getbasetemp().parent / "judge"
+    with FileLock(f"{shared}.lock"):
+        return shared if (shared / "done").exists() else _finished(build_tiny_judge(shared))
+
+
+def _finished(folder: Path) -> Path:
+    (folder / "done").touch()
+    return folder
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (112, 112)) -> Image.Image:

@@ -234,5 +234,7 @@ def test_a_token_on_a_wrong_command_line_is_not_repeated(tmp_path):
 
 
 def test_settings_do_not_print_the_token(tmp_path):
-    args = VTGRPOConfig(str(tmp_path), hub_token="hf_secret", num_generations=2, per_device_train_batch_size=2)
+    args = VTGRPOConfig(
+        str(tmp_path), hub_token="hf_secret", use_cpu=True, num_generations=2, per_device_train_batch_size=2
+    )
     assert "hf_secret" not in repr(args) + str(args) and "HUB_TOKEN" in repr(args)
