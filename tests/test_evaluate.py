@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
+import subprocess
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -14,14 +19,12 @@ from vt_trl import cli
 from vt_trl.data import load_rows
 from vt_trl.envs.controls import AlwaysAskEnv, ShareEnv, draw
 from vt_trl.errors import ConfigError, DataError, JudgeOutage
-from vt_trl.evaluation import RowResult, play_rows
+from vt_trl.evaluation import play_rows
 from vt_trl.evaluation import run as evaluation
 from vt_trl.evaluation.compare import compare
-from vt_trl.evaluation.paper import paper_tables
 from vt_trl.evaluation.run import Plan, evaluate, named
 from vt_trl.evaluation.shards import Cell, read_results
-from vt_trl.evaluation.show import evaluate_and_show
-from vt_trl.evaluation.stats import interval, paired, significance, summarise
+from vt_trl.evaluation.stats import summarise
 from vt_trl.generation.base import ScriptedBackend
 from vt_trl.inference import PolicyModel
 from vt_trl.judges import Judge, Judgement, RuleJudge, make_judge_reward
@@ -30,6 +33,7 @@ from vt_trl.policies import parse_policy, trained_policy, trained_settings
 from vt_trl.transcripts.browse import Filter, Run
 from vt_trl.types import Done, RolloutStatus
 
+ROOT = Path(__file__).resolve().parents[1]
 ARGS = {"prompts": SHORT_PROMPTS, "min_pixels": 3136}
 LIMITS = {"max_turn_tokens": 6, "max_completion_length": 256, "device": "cpu", "dtype": "float32"}
 CALLING = '<think>x</think><tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
@@ -142,7 +146,7 @@ def test_every_row_has_a_result_and_only_judged_ones_a_score(model):
     assert "in none of the formats" in done.results[4].reason and "aspect ratio" in done.results[5].reason
     numbers = summarise(done.results)
     assert (numbers["rows"], numbers["judged"], numbers["judge_failed"], numbers["unreadable"]) == (6, 3, 1, 2)
-    assert numbers["accuracy"] == pytest.approx(1 / 3)
+    assert numbers["accuracy"] == pytest.approx(1 / 3) and numbers["accuracy_at_least"] == pytest.approx(1 / 4)
     assert done.rate("correct") == pytest.approx(1 / 3)
 
 
@@ -185,9 +189,18 @@ def plan(checkpoint, rows_folder) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def done(plan, tmp_path_factory):
+def done(plan, checkpoint, rows_folder, tmp_path_factory):
+    """The plan as a command, whose folder and results are those of the same plan in Python."""
     out = tmp_path_factory.mktemp("evaluation") / "out"
-    return out, evaluate_and_show(plan, out, paper=True)
+    options = {"--environment-args": json.dumps(ARGS), "--shard-rows": "2", "--layout": "paper", "--out": str(out)}
+    options |= {f"--{name.replace('_', '-')}": str(value) for name, value in LIMITS.items()}
+    words = [word for pair in options.items() for word in pair]
+    named = ["--model", f"tiny={checkpoint}", "--data", f"rows={rows_folder}"]
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        assert cli.main(["evaluate", *named, "--policies", *plan.policies, *words]) == 0
+    assert "Table 2: score in %" in printed.getvalue() and "tiny always-low\t25.0\t" in printed.getvalue()
+    return out, json.loads((out / "results.json").read_text())
 
 
 def cells_of(report: dict) -> list[dict]:
@@ -199,7 +212,6 @@ def cells_of(report: dict) -> list[dict]:
 
 def test_results_page_and_transcripts(done):
     out, report = done
-    assert json.loads((out / "results.json").read_text())["cells"] == report["cells"]
     full = next(cell for cell in report["cells"] if cell["policy"] == "always-full")
     low = next(cell for cell in report["cells"] if cell["policy"] == "always-low")
     assert (full["rows"], full["unreadable"], full["visual_tokens"], full["visual_tokens_share"]) == (5, 1, 16, 1)
@@ -213,15 +225,16 @@ def test_results_page_and_transcripts(done):
     assert [len(one.images) for one in found] == [1, 1, 1, 1, 0] and found[4].status == "unreadable"
 
 
-def test_a_run_that_dies_goes_on_and_ends_the_same(plan, done, tmp_path, monkeypatch):
-    """Stopped in the middle of a cell, with a half-written file left; the second session plays only the rest."""
+def test_a_run_that_is_killed_goes_on_and_ends_the_same(plan, done, tmp_path, monkeypatch):
+    """kill -9 in the middle of a cell, with a half-written file left; the second session plays only the rest."""
 
-    def stop(label: str, rows: int) -> None:
-        if label.endswith("always-full"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(plan, tmp_path, stop)
+    code = (
+        "import os, sys, pickle; from vt_trl.evaluation.run import evaluate\n"
+        "plan, out = pickle.load(sys.stdin.buffer)\n"
+        "evaluate(plan, out, lambda label, *_: label.endswith('always-full') and os.kill(os.getpid(), 9))"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], input=pickle.dumps((plan, tmp_path)), cwd=ROOT, timeout=300)
+    assert killed.returncode == -9
     kept = sorted((tmp_path / "completions").glob("*.parquet"))
     assert [path.name.rpartition("--")[2] for path in kept] == [
         "always_full-00000.parquet", "two_turn-00000.parquet", "two_turn-00001.parquet", "two_turn-00002.parquet",
@@ -267,34 +280,7 @@ def test_two_rows_of_one_id_and_two_models_of_one_name(plan, folder, tmp_path):
     assert named(["before=runs/a/final", "runs/b/final"]) == {"before": "runs/a/final", "final": "runs/b/final"}
 
 
-# Numbers.
-
-
-def result(number: int, correct: bool | None = True, **more) -> RowResult:
-    return RowResult(f"r{number}", "s", "answered", "d", correct, visual_tokens=4, **more)
-
-
-def test_intervals_are_seeded_and_close_to_the_normal_one():
-    values = [1.0] * 60 + [0.0] * 40
-    low, high = interval(values)
-    assert [low, high] == interval(values)
-    assert (low, high) == (pytest.approx(0.504, abs=0.02), pytest.approx(0.696, abs=0.02))  # 0.6 -+ 1.96 x 0.049
-    assert interval([1.0] * 5) == [1.0, 1.0] and interval([]) is None
-
-
-def test_mcnemar_by_hand(monkeypatch):
-    """7 rows changed, one of them for the worse: 2 x (1 + 7) / 2^7 = 0.125."""
-    pairs = [(True, False)] + [(False, True)] * 6 + [(True, True)] * 13
-    first, second = ([result(n, side) for n, side in enumerate(column)] for column in zip(*pairs, strict=True))
-    first.append(result(20, None))
-    second.append(result(20))
-    found = paired(first, second)
-    assert (found["only_first_right"], found["only_second_right"], found["unjudged"]) == (1, 6, 1)
-    assert found["accuracy_test"] == "McNemar, exact" and found["accuracy_p"] == pytest.approx(0.125)
-    assert found["accuracy"]["difference"] == pytest.approx(5 / 20)
-    monkeypatch.setitem(__import__("sys").modules, "scipy.stats", None)
-    name, p_value = significance(1, 6, pairs)
-    assert name.startswith("paired bootstrap") and 0.02 < p_value < 0.2
+# Comparisons.
 
 
 def test_comparing_policies_of_one_run(done):
@@ -317,28 +303,6 @@ def test_comparing_different_rows_is_refused_without_common(done, plan, tmp_path
     pair = json.loads((tmp_path / "pairs.json").read_text())[0]
     assert (pair["rows"], pair["left_out"]) == (3, 2)
     assert "McNemar, exact" in capsys.readouterr().out
-
-
-def test_the_papers_layout():
-    def cell(data: str, policy: str, accuracy: float, share: float, rate: float | None) -> dict:
-        return {
-            "model": "m", "data": data, "policy": policy, "accuracy": accuracy, "visual_tokens_share": share,
-            "request_rate": rate, "seconds": 2.0,
-        }  # fmt: skip
-
-    tables = paper_tables(
-        [
-            cell("chart-qa", "always-full", 0.8, 1.0, None),
-            cell("mine", "always-full", 0.5, 1.0, None),
-            cell("chart-qa", "two-turn", 0.6, 0.5, 0.25),
-        ]
-    )
-    (_, heading, scores), (_, _, times), (_, _, requests) = tables
-    assert heading[2] == "ChartQA" and heading[-2:] == ["mine", "average %"]
-    assert scores[0] == ["m always-full", "100.0", "80.0", *"-" * 8, "50.0", "100.0"]
-    assert scores[1] == ["m two-turn", "50.0", "60.0", *"-" * 8, "-", "75.0"]
-    assert times[1] == ["m two-turn", "2.0", *"-" * 9]
-    assert requests == [["m two-turn", "25.0", *"-" * 9]]
 
 
 # Exactness.

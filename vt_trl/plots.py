@@ -169,7 +169,7 @@ def plot_shares(groups: Mapping[str, Mapping[str, int]], title: str) -> Drawn:
 
 
 def plot_tradeoff(points: Sequence[tuple[str, float, float, Sequence[float] | None]], axis: str) -> Drawn:
-    """Accuracy against tokens: a labelled point per policy, with its confidence interval.
+    """Accuracy against tokens: a point per policy, with its confidence interval.
 
     ``points``: name, tokens, accuracy from 0 to 1, and the interval's edges; ``axis`` says what the tokens are.
     """
@@ -180,8 +180,9 @@ def plot_tradeoff(points: Sequence[tuple[str, float, float, Sequence[float] | No
     for number, (name, tokens, accuracy, edges) in enumerate(points):
         colour = (*_OTHERS, *_COLOURS.values())[number % (len(_OTHERS) + len(_COLOURS))]
         low, high = edges or (accuracy, accuracy)
-        ax.errorbar(tokens, accuracy, [[accuracy - low], [high - accuracy]], color=colour, marker="o", capsize=3)
-        ax.annotate(name, (tokens, accuracy), (6, 6), textcoords="offset points", fontsize=8, parse_math=False)
+        style = {"color": colour, "marker": "osD^v"[number % 5], "linestyle": "none", "capsize": 3}
+        ax.errorbar(tokens, accuracy, [[accuracy - low], [high - accuracy]], label=name, **style)
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
     ax.margins(x=0.15)
     file = io.BytesIO()
     _save(figure, file, "svg")

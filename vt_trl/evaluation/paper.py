@@ -67,7 +67,7 @@ def print_paper(cells: Sequence[Mapping[str, Any]], console: Console | None = No
     for title, heading, rows in paper_tables(cells):
         if not console.is_terminal:
             lines = ["\t".join(line) for line in ([title], heading, *rows)]
-            console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+            print("\n".join(lines), file=console.file)  # rich would turn the tabs into spaces
             continue
         table = Table(title=title)
         for name in heading:

@@ -25,6 +25,7 @@ from vt_trl.rollout import RolloutRunner
 from vt_trl.run_notes import versions
 
 RESULTS = "results.json"
+Progress = Callable[[str, int, int], Any]
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ def named(texts: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def evaluate(plan: Plan, out: str | Path, progress: Callable[[str, int], Any] = lambda label, rows: None) -> dict:
+def evaluate(plan: Plan, out: str | Path, progress: Progress = lambda label, done, rows: None) -> dict:
     """Evaluate what ``out`` does not hold yet, and return what is written to ``out/results.json``.
 
-    ``progress`` is called with a cell's name and the number of its rows just finished. Killed at any moment and
-    started again, it goes on with the first shard that is not there. Raises ConfigError, DataError, JudgeOutage.
+    ``progress`` is called with a cell's name, how many of its rows are done, and how many it has. Killed at any moment
+    and started again, it goes on with the first shard that is not there. Raises ConfigError, DataError, JudgeOutage.
     """
     out = Path(out)
     policies = [parse_policy(text, plan.seed) for text in plan.policies]
@@ -124,7 +125,7 @@ def _summary(cell: Cell, shards: Sequence[Shard], done: Mapping[Cell, Sequence[S
 class _Session:
     """One process's work on a plan."""
 
-    def __init__(self, plan: Plan, out: Path, reward: JudgeReward, judge: dict[str, Any], progress: Callable):
+    def __init__(self, plan: Plan, out: Path, reward: JudgeReward, judge: dict[str, Any], progress: Progress):
         self.plan, self.out, self.reward, self.judge, self.progress = plan, out, reward, judge, progress
         self.name = datetime.now(UTC).isoformat()
 
@@ -146,7 +147,7 @@ class _Session:
                 done = play_rows(runner, part, model.sampling, self.reward, batch_size=len(part))
                 shard = write_shard(path, cell, settings, digests, done, self.name)
             shards.append(shard)
-            self.progress(str(cell), len(part))
+            self.progress(str(cell), start + len(part), len(rows))
         return shards
 
     def _settings(self, model: PolicyModel, policy: Policy, args: Mapping[str, Any]) -> dict[str, Any]:

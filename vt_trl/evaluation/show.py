@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from vt_trl.evaluation.page import write_evaluation_page
 from vt_trl.evaluation.paper import print_paper
 from vt_trl.evaluation.run import RESULTS, Plan, evaluate
-from vt_trl.transcripts.show import number, share
+from vt_trl.transcripts.show import NOTHING, number, share
 
 
 def evaluate_and_show(plan: Plan, out: str | Path, paper: bool = False, console: Console | None = None) -> dict:
@@ -23,10 +25,10 @@ def evaluate_and_show(plan: Plan, out: str | Path, paper: bool = False, console:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, Any] = {}
 
-        def advance(label: str, rows: int) -> None:
+        def advance(label: str, done: int, rows: int) -> None:
             if label not in tasks:
-                tasks[label] = bar.add_task(label, total=None)
-            bar.advance(tasks[label], rows)
+                tasks[label] = bar.add_task(label, total=rows)
+            bar.update(tasks[label], completed=done)
 
         report = evaluate(plan, out, advance)
     page = write_evaluation_page(out, report)
@@ -39,27 +41,36 @@ def evaluate_and_show(plan: Plan, out: str | Path, paper: bool = False, console:
 
 
 def print_results(report: Mapping[str, Any], console: Console) -> None:
-    """One line per cell, and what could not be scored."""
-    table = Table()
-    for name in ("model", "data", "policy", "accuracy", "95 % interval", "asked", "visual tokens", "generated", "s"):
-        table.add_column(name, overflow="fold")
+    """A table per model and data set with a line per policy, and what could not be scored."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for cell in report["cells"]:
-        low, high = cell["accuracy_interval"] or (None, None)
-        table.add_row(
-            *(cell[name] for name in ("model", "data", "policy")),
-            share(cell["accuracy"]),
-            f"{share(low)} to {share(high)}",
-            share(cell["request_rate"]),
-            f"{number(cell['visual_tokens'])} ({share(cell['visual_tokens_share'])})",
-            number(cell["generated_tokens"]),
-            number(cell["seconds"]),
-        )
-    console.print(table)
-    for cell in report["cells"]:
-        if cell["unreadable"] or cell["judge_failed"]:
-            console.print(
-                f"{cell['model']}, {cell['data']}, {cell['policy']}: of {cell['rows']} rows {cell['unreadable']} "
-                f"could not be shown and {cell['judge_failed']} not be judged; none of them is in the accuracy.",
-                markup=False,
-                soft_wrap=True,
-            )
+        groups.setdefault(f"{cell['model']} on {cell['data']}, {cell['rows']} rows", []).append(cell)
+    for title, cells in groups.items():
+        table = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False)
+        for name in ("policy", "accuracy", "95 %", "asked", "visual tokens", "generated", "seconds"):
+            table.add_column(name, no_wrap=True)
+        for cell in cells:
+            table.add_row(Text(cell["policy"]), *_numbers(cell))
+        console.print(table)
+        for cell in cells:
+            if cell["unreadable"] or cell["judge_failed"]:
+                console.print(_left_out(cell), markup=False, highlight=False, soft_wrap=True)
+
+
+def _numbers(cell: Mapping[str, Any]) -> list[str]:
+    low, high = cell["accuracy_interval"] or (None, None)
+    return [
+        share(cell["accuracy"]),
+        NOTHING if low is None else f"{100 * low:.1f}-{100 * high:.1f}",
+        share(cell["request_rate"]),
+        f"{number(cell['visual_tokens'])} ({share(cell['visual_tokens_share'])})",
+        number(cell["generated_tokens"]),
+        number(cell["seconds"]),
+    ]
+
+
+def _left_out(cell: Mapping[str, Any]) -> str:
+    return (
+        f"{cell['policy']}: {cell['unreadable']} rows could not be shown and {cell['judge_failed']} not be judged; "
+        f"none of them is in the accuracy (with all unjudged wrong: {share(cell['accuracy_at_least'])})."
+    )

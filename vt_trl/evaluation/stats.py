@@ -33,7 +33,8 @@ def summarise(results: Sequence[RowResult], full: Sequence[RowResult] | None = N
     """The numbers of one cell as JSON values; None stands for what could not be had.
 
     ``full``: the results of always-full on the same rows, for the share of visual tokens. Accuracy is over the rows
-    with a verdict; what is missing is counted (``unreadable``, ``judge_failed``).
+    with a verdict; what is missing is counted (``unreadable``, ``judge_failed``). ``accuracy_at_least``: if every row
+    whose judge failed were wrong.
     """
     shown = [one for one in results if one.readable]
     right = [float(one.correct) for one in shown if one.correct is not None]
@@ -45,6 +46,7 @@ def summarise(results: Sequence[RowResult], full: Sequence[RowResult] | None = N
         "judge_failed": len(shown) - len(right),
         "accuracy": _known(mean(right)),
         "accuracy_interval": interval(right),
+        "accuracy_at_least": sum(right) / len(shown) if shown else None,
         "request_rate": _known(mean(float(one.asked) for one in shown)),
         "format_rate": _known(mean(float(one.well_formed) for one in shown)),
         "visual_tokens": _known(mean(one.visual_tokens for one in shown)),
