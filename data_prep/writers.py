@@ -11,16 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from vt_trl.dialogue import Dialogue
+from vt_trl.dialogue import Dialogue, chat_messages
 from vt_trl.envs import Environment
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.generation.base import SamplingSettings
-from vt_trl.images import png_uri
 from vt_trl.judges.background import BackgroundLoop
 from vt_trl.judges.endpoint import Endpoint
 from vt_trl.judges.pacing import GiveUp, TryAgain
 from vt_trl.rollout import RolloutRunner
-from vt_trl.types import Done, Message, Observation, Rollout, TextPart
+from vt_trl.types import Done, Observation, Rollout, TextPart
 
 HINTS = {  # by a row's needs_full; shown to the writer only
     True: "For this picture call the tool first: say in a sentence or two what cannot be made out, and call it.",
@@ -161,17 +160,3 @@ class LocalWriter:
 
     def close(self) -> None:
         """The process ends soon."""
-
-
-def chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as a chat-completions endpoint takes them."""
-    found = []
-    for one in messages:
-        parts: list[dict[str, Any]] = [
-            {"type": "text", "text": part.text}
-            if isinstance(part, TextPart)
-            else {"type": "image_url", "image_url": {"url": png_uri(part.image)}}
-            for part in one.parts
-        ]
-        found.append({"role": one.role, "content": parts if one.images else one.text})
-    return found

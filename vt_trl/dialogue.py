@@ -16,7 +16,8 @@ from vt_trl.chat import ChatEncoder
 from vt_trl.envs import Environment
 from vt_trl.envs.base import message
 from vt_trl.errors import DataError
-from vt_trl.types import Done, Message, Observation, Rollout, Turn
+from vt_trl.images import png_uri
+from vt_trl.types import Done, Message, Observation, Rollout, RolloutStatus, TextPart, Turn
 
 
 class Dialogue:
@@ -46,6 +47,10 @@ class Dialogue:
             self.messages += outcome.messages
             self.images += [image for one in outcome.messages for image in one.images]
         return outcome
+
+    def stop(self, detail: str) -> None:
+        """End an open episode for want of tokens."""
+        self.end = Done(RolloutStatus.CONTEXT_LIMIT, detail=detail)
 
     def rollout(self) -> Rollout:
         """The finished episode, without tokens. Raises RuntimeError while it is still open."""
@@ -127,6 +132,20 @@ def trl_example(dialogue: Dialogue) -> dict[str, Any]:
         ]
         messages.append({"role": one.role, "content": parts})
     return {"messages": messages, "images": list(dialogue.images)}
+
+
+def chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as a chat-completions endpoint takes them."""
+    found = []
+    for one in messages:
+        parts: list[dict[str, Any]] = [
+            {"type": "text", "text": part.text}
+            if isinstance(part, TextPart)
+            else {"type": "image_url", "image_url": {"url": png_uri(part.image)}}
+            for part in one.parts
+        ]
+        found.append({"role": one.role, "content": parts if one.images else one.text})
+    return found
 
 
 def collate(

@@ -42,6 +42,11 @@ class ImageFeatures:
             "image_grid_thw": torch.stack([self.grid(image) for image in images]),
         }
 
+    def forget(self, images: Sequence[Image.Image]) -> None:
+        """Let go of these pictures; those that are not known are no error."""
+        for image in images:
+            self._known.pop(id(image), None)
+
     def clear(self) -> None:
         self._known.clear()
 

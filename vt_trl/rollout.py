@@ -24,11 +24,15 @@ from vt_trl.types import Done, Fault, Message, Observation, Rollout, RolloutStat
 
 @dataclass(frozen=True)
 class Limits:
-    """Token limits: sampled tokens of one turn, tokens of a completion (tool text and images too), and the context."""
+    """Token limits: sampled tokens of one turn, tokens of a completion (tool text and images too), and the context.
+
+    ``sampled``: tokens of all turns together, tool text and images not counted.
+    """
 
     turn: int
     completion: int
     context: int | None = None
+    sampled: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class _Episode:
     messages: list[Message]
     prompt_messages: int
     images: list[Image.Image]
+    limits: Limits
     completion_ids: list[int] = field(default_factory=list)
     loss_mask: list[int] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)
@@ -169,7 +174,7 @@ class RolloutRunner:
             on_refused(row, error)
             return []
 
-    def _start(self, row: dict[str, Any], group_size: int) -> list[_Episode]:
+    def _start(self, row: dict[str, Any], group_size: int, limits: Limits | None = None) -> list[_Episode]:
         first = self.environment()
         observation = first.reset(row)
         messages = list(observation.messages)
@@ -190,6 +195,7 @@ class RolloutRunner:
                 list(messages),
                 len(messages),
                 list(prompt.images),
+                limits or self.limits,
                 visual_tokens=prompt.visual_tokens,
                 asked=observation.granted,
                 attempted=observation.called,
@@ -197,16 +203,23 @@ class RolloutRunner:
             for member in range(group_size)
         ]
 
-    def _room(self, episode: _Episode) -> int:
+    @staticmethod
+    def _room(episode: _Episode) -> int:
         """Tokens that still fit into the completion and the context, sampled or told."""
-        used = len(episode.completion_ids)
-        room = self.limits.completion - used
-        if self.limits.context is not None:
-            room = min(room, self.limits.context - len(episode.prompt.token_ids) - used)
+        used, limits = len(episode.completion_ids), episode.limits
+        room = limits.completion - used
+        if limits.context is not None:
+            room = min(room, limits.context - len(episode.prompt.token_ids) - used)
         return room
 
+    @staticmethod
+    def _unsampled(episode: _Episode) -> int:
+        """Tokens that the next turn may sample, when there is room for them."""
+        limits = episode.limits
+        return limits.turn if limits.sampled is None else min(limits.turn, limits.sampled - sum(episode.loss_mask))
+
     def _submit(self, index: int, episode: _Episode, seed: int | None) -> None:
-        room = min(self.limits.turn, self._room(episode))
+        room = min(self._unsampled(episode), self._room(episode))
         ids = (*episode.prompt.token_ids, *episode.completion_ids)
         own_seed = None if seed is None else turn_seed(seed, episode.row.get("id"), episode.member, ids)
         self.backend.submit(Request(index, ids, tuple(episode.images), room, own_seed))
@@ -221,6 +234,10 @@ class RolloutRunner:
         episode.attempted = episode.attempted or outcome.called
         if isinstance(outcome, Done):
             return outcome
+        if self._unsampled(episode) < 1:
+            return Done(
+                RolloutStatus.CONTEXT_LIMIT, faults=outcome.faults, detail="no token is left for another turn"
+            )
         reply = self.encoder.reply(outcome.messages)
         if len(reply.token_ids) >= self._room(episode):
             return Done(
