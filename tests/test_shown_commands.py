@@ -53,6 +53,7 @@ def shown() -> list[tuple[str, str]]:
         "docs/hub.md",
         "docs/evaluate.md",
         "docs/seeing-a-run.md",
+        "docs/serve.md",
     )
     texts = [(path, path.read_text()) for path in (*(ROOT / name for name in pages), *RECIPES)]
     return sorted({(path.name, line) for path, text in texts for line in commands_of(text, path.suffix == ".yaml")})

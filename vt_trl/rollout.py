@@ -235,9 +235,7 @@ class RolloutRunner:
         if isinstance(outcome, Done):
             return outcome
         if self._unsampled(episode) < 1:
-            return Done(
-                RolloutStatus.CONTEXT_LIMIT, faults=outcome.faults, detail="no token is left for another turn"
-            )
+            return Done(RolloutStatus.CONTEXT_LIMIT, faults=outcome.faults, detail="no token is left for another turn")
         reply = self.encoder.reply(outcome.messages)
         if len(reply.token_ids) >= self._room(episode):
             return Done(

@@ -29,6 +29,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("models x data x policies: accuracy, requests, tokens", "vt_trl.commands.evaluate"),
     "compare": Command("paired differences of two evaluations", "vt_trl.commands.compare"),
     "ask": Command("one picture, one question, and the turns to the answer", "vt_trl.commands.ask"),
+    "serve": Command("an OpenAI-compatible endpoint that plays both turns", "vt_trl.commands.serve"),
     "export": Command("a run or a checkpoint as a folder for the Hub, and push it", "vt_trl.commands.export"),
     "view": Command("look at the rollouts of a run in a browser", "vt_trl.commands.view"),
     "judge-agreement": Command("compare judges on labelled rows", "vt_trl.commands.judge_agreement"),

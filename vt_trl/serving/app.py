@@ -61,17 +61,21 @@ class Service:
         most = self.limits.body_bytes
         too_large = ApiError(413, f"The request has more than {most} bytes.", "request_too_large")
         length = request.headers.get("content-length", "")
-        if length.isdigit() and int(length) > most:
+        if length.isdigit() and int(length) > 2 * most:
             raise too_large
-        body = bytearray()
+        body, arrived = bytearray(), 0
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > most:
+                    arrived += len(chunk)
+                    if arrived > 2 * most:
                         raise too_large
+                    if arrived <= most:  # what is a little too large is read and dropped, so that the refusal arrives
+                        body += chunk
         except TimeoutError:
             raise ApiError(408, "The request's body did not arrive in time.", "slow_request") from None
+        if arrived > most:
+            raise too_large
         return bytes(body)
 
 
@@ -222,5 +226,3 @@ async def _chunks(events: _Events, replies: Replies, asked: Asked) -> AsyncItera
     finally:
         if waiting is not None:
             waiting.cancel()
-
-

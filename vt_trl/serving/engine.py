@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from vt_trl.chat import Encoded
@@ -97,10 +97,11 @@ class LocalEngine:
 
     Requests join those under way at their next turn, ``max_batch`` at a time, in the order of their arrival. Sampling
     settings are a backend's for everything under way, so a request with other settings waits until those have ended,
-    and those behind it wait too: nobody is overtaken.
+    and those behind it wait too: nobody is overtaken. What a request cannot set is as in ``sampling``.
     """
 
-    def __init__(self, runner: RolloutRunner, max_batch: int = 32):
+    def __init__(self, runner: RolloutRunner, sampling: SamplingSettings, max_batch: int = 32):
+        self.sampling = sampling
         self.runner = GuestRunner.of(runner)
         self.max_batch = max_batch
         self.most_tokens = runner.limits.turn * runner.environment().max_turns
@@ -120,6 +121,7 @@ class LocalEngine:
     def play(self, row: dict[str, Any], settings: SamplingSettings, max_tokens: int | None) -> Play:
         play = Play()
         guest = Guest(row, lambda event: None, sampled=max_tokens)
+        settings = replace(settings, repetition_penalty=self.sampling.repetition_penalty)
         entry = _Waiting(guest, settings, play)
         guest.tell = lambda event: self._told(entry, event)
         play.on_close = lambda: self._give_up(entry)

@@ -61,7 +61,9 @@ class Pictures:
     def _decoded(self, url: str) -> bytes:
         head, comma, text = url.partition(",")
         if not comma or not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
-            raise bad_request("The image's data URL must begin with data:image/...;base64, and hold base64.", "bad_url")
+            raise bad_request(
+                "The image's data URL must begin with data:image/...;base64, and hold base64.", "bad_url"
+            )
         if len(text) > 4 * (self.limits.image_bytes // 3 + 1):
             raise self._too_large()
         try:
@@ -88,7 +90,9 @@ class Pictures:
                 "remote_image_refused",
             )
         if parts.scheme.lower() != "https" or host not in self.hosts or port not in (None, 443) or "@" in parts.netloc:
-            raise bad_request("This server does not fetch images from there; send a data: URL.", "remote_image_refused")
+            raise bad_request(
+                "This server does not fetch images from there; send a data: URL.", "remote_image_refused"
+            )
         return host, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
     async def _fetched(self, url: str) -> bytes:

@@ -133,9 +133,7 @@ def read_request(body: bytes, model: str, limits: ServeLimits, most_tokens: int)
     options = request.stream_options or StreamOptions()
     wanted = request.vt_trl
     stream = bool(request.stream)
-    return Asked(
-        url, question, request.settings, tokens, stream, options.include_usage, wanted.turns, wanted.id
-    )
+    return Asked(url, question, request.settings, tokens, stream, options.include_usage, wanted.turns, wanted.id)
 
 
 def _content(messages: list[ChatMessage]) -> tuple[str, str]:

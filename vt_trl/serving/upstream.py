@@ -12,6 +12,7 @@ from vt_trl.envs import Environment
 from vt_trl.errors import ConfigError
 from vt_trl.features import ImageFeatures
 from vt_trl.generation.base import SamplingSettings
+from vt_trl.inference import PolicyModel
 from vt_trl.judges.pacing import retry_after
 from vt_trl.judges.redact import redacted
 from vt_trl.serving.engine import Play, Started
@@ -27,9 +28,9 @@ class UpstreamEngine:
     Args:
         url: of the server, with its ``/v1``. Its key, if it wants one, is in ``VT_TRL_UPSTREAM_API_KEY``.
         model: its name there.
-        processor: of the same checkpoint: it counts visual tokens, and knows the control tokens that the server's
-            chat template would take for such in a question. Questions with one of them are refused.
-        turn_tokens: sampled tokens of a turn at most.
+        checkpoint: the same model here, without its weights: its processor counts visual tokens, and knows the
+            control tokens that the server's chat template would take for such in a question. Questions with one of
+            them are refused.
     """
 
     def __init__(
@@ -37,8 +38,7 @@ class UpstreamEngine:
         url: str,
         model: str,
         environment: Callable[[], Environment],
-        processor: Any,
-        turn_tokens: int,
+        checkpoint: PolicyModel,
         seconds: float = 300.0,
     ):
         try:
@@ -47,12 +47,13 @@ class UpstreamEngine:
             raise ConfigError("--upstream needs the openai package: pip install 'vt-trl[serve]'.") from error
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"--upstream is {url!r}; give a URL such as http://127.0.0.1:8000/v1.")
-        self.openai, self.model, self.environment, self.processor = openai, model, environment, processor
-        self.turn_tokens = turn_tokens
-        self.most_tokens = turn_tokens * environment().max_turns
+        self.openai, self.model, self.environment, self.sampling = openai, model, environment, checkpoint.sampling
+        self.processor = checkpoint.parts.processor
+        self.turn_tokens = checkpoint.limits.turn
+        self.most_tokens = self.turn_tokens * environment().max_turns
         self._key = os.environ.get(KEY) or "none"
         self._client = openai.AsyncOpenAI(base_url=url, api_key=self._key, timeout=seconds, max_retries=1)
-        added = processor.tokenizer.added_tokens_decoder.values()
+        added = self.processor.tokenizer.added_tokens_decoder.values()
         self._control = sorted(token.content for token in added if token.special)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -76,9 +77,7 @@ class UpstreamEngine:
             await asyncio.wait(self._tasks)
         await self._client.close()
 
-    async def _run(
-        self, play: Play, row: dict[str, Any], settings: SamplingSettings, max_tokens: int | None
-    ) -> None:
+    async def _run(self, play: Play, row: dict[str, Any], settings: SamplingSettings, max_tokens: int | None) -> None:
         try:
             await self._episode(play, row, settings, max_tokens or self.most_tokens)
         except Exception as error:
@@ -118,6 +117,8 @@ class UpstreamEngine:
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=settings.seed,
+            # Or the server would take these from the checkpoint's settings for chatting.
+            extra_body={"top_k": 0, "min_p": 0.0, "repetition_penalty": self.sampling.repetition_penalty},
         )
         if not reply.choices or not isinstance(reply.choices[0].message.content, str) or reply.usage is None:
             raise ApiError(502, "The model server sent no usable reply.", "upstream_error")
