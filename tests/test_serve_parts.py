@@ -13,6 +13,7 @@ from conftest import make_rows
 from helpers import CALL, SHORT_PROMPTS, answer, png
 from serving import serving
 
+from benchmarks import serve as benchmark
 from benchmarks.judge_server import JudgeServer, content, hang, sequence, status, too_many
 from vt_trl import cli
 from vt_trl.commands import serve
@@ -194,6 +195,23 @@ def test_command_line(checkpoint, monkeypatch):
     monkeypatch.setenv(serve.KEY, " ")
     with pytest.raises(ConfigError, match="VT_TRL_API_KEY is empty"):
         serve.make_service(options)
+
+
+def test_the_benchmark_counts_what_is_lost_and_mixed_up(monkeypatch):
+    honest = benchmark.ask_all
+
+    async def disturbed(url, rows):
+        first, second, (_, seconds), *rest = await honest(url, rows)
+        return [second, first, (None, seconds), *rest]
+
+    monkeypatch.setattr(benchmark, "ask_all", disturbed)
+    report = benchmark.measure(benchmark.parse_args(["--requests", "6", "--max-batch", "4"]))
+    assert {name: report[name] for name in ("requests", "lost", "mixed", "distinct")} == {
+        "requests": 6,
+        "lost": 1,
+        "mixed": 2,
+        "distinct": 6,
+    }
 
 
 def test_the_page_names_every_option_and_code():
