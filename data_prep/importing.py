@@ -20,7 +20,7 @@ from data_prep.units import run_units
 from vt_trl.errors import DataError
 from vt_trl.images import local_path
 from vt_trl.rows import FEATURES, answer_texts, clean_question, examine, only_image
-from vt_trl.sources import is_flat
+from vt_trl.sources import BrokenLine, is_flat
 
 QUARANTINE = "quarantine.jsonl"
 UNIT_ROWS = 5000
@@ -51,6 +51,10 @@ class Reader:
     def rows(self, unit: Unit) -> Iterator[tuple[int, Mapping[str, Any], dict[str, Any]]]:
         """``(number of the record, the record, a row)`` for all rows of a unit; a row may lack anything."""
         for number, record in read_unit(unit, self.columns):
+            if isinstance(record, BrokenLine):
+                named = {"id": f"row-{number}", "image_error": record.why}
+                yield number, {"line": record.text}, self.row(record) | named
+                continue
             for part in self.format.records(record):
                 yield number, part, self.row(part)
 

@@ -7,6 +7,7 @@ stream: only lines can be entered in the middle.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,11 +20,11 @@ import pyarrow.parquet as pq
 from datasets import Features
 
 from vt_trl.errors import ConfigError, DataError
+from vt_trl.sources import BrokenLine, parse_line, refuse_broken
 
 _BATCH = 64  # records in memory at a time
 _ROW_LISTS = ("data", "annotations", "questions", "rows")  # where releases keep their rows in one JSON object
 _NO_ROWS = ("info", "license", "licenses")  # objects that stand next to such a list
-_SAMPLE = 1000  # records whose columns are looked at
 KEY = "_key"  # column for the key of a JSON object of rows
 
 
@@ -36,6 +37,7 @@ class Piece:
     at: int
     rows: int
     start: int = 0  # number of its first record in the whole source
+    line: int = 1  # number of its first line in the file
 
 
 Unit = tuple[Piece, ...]
@@ -80,7 +82,10 @@ def open_table(files: Sequence[Path], unit_rows: int, work: Path) -> Table:
 
 
 def read_unit(unit: Unit, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """``(number, record)`` of a unit; ``columns`` limits what is read of Arrow and Parquet files."""
+    """``(number, record)`` of a unit; ``columns`` limits what is read of Arrow and Parquet files.
+
+    A line of JSON lines that is no JSON object comes as a :class:`~vt_trl.sources.BrokenLine`.
+    """
     for piece in unit:
         try:
             yield from enumerate(_READ[piece.kind](piece, columns), start=piece.start)
@@ -161,44 +166,42 @@ def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _look_lines(file: Path, unit_rows: int, spool: Path) -> tuple[list[Piece], list[str], None]:
+    """Every line is parsed here already: a file of another format is refused before anything is written."""
     pieces, names = [], {}
-    at = rows = total = 0
+    rows = total = broken = 0
+    first_broken = None
     with file.open("rb") as stream:
-        position = stream.seek(3 if stream.read(3) == b"\xef\xbb\xbf" else 0)
-        at = position
-        for line in stream:
-            if total < _SAMPLE and line.strip():
-                names |= dict.fromkeys(_object(line, file))
+        at = position = stream.seek(3 if stream.read(3) == codecs.BOM_UTF8 else 0)
+        first = 1  # line of the piece under way
+        for number, line in enumerate(stream, start=1):
             position += len(line)
-            rows, total = rows + bool(line.strip()), total + bool(line.strip())
+            if line.strip():
+                record = parse_line(line, number)
+                names |= dict.fromkeys(record)
+                rows, total = rows + 1, total + 1
+                if isinstance(record, BrokenLine):
+                    first_broken = record if first_broken is None else first_broken
+                    broken += 1
             if rows == unit_rows:
-                pieces.append(Piece("lines", str(file), at, rows))
-                at, rows = position, 0
-    pieces += [Piece("lines", str(file), at, rows)] if rows else []
+                pieces.append(Piece("lines", str(file), at, rows, line=first))
+                at, rows, first = position, 0, number + 1
+    pieces += [Piece("lines", str(file), at, rows, line=first)] if rows else []
+    refuse_broken(first_broken, broken, total, file)
     return pieces, list(names), None
 
 
 def _read_lines(piece: Piece, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     with open(piece.file, "rb") as stream:
         stream.seek(piece.at)
-        done = 0
+        done, number = 0, piece.line
         while done < piece.rows:
             line = stream.readline()
             if not line:
                 raise DataError(f"{piece.file!r} became shorter while it was read")
             if line.strip():
                 done += 1
-                yield _object(line, piece.file, piece.start + done - 1)
-
-
-def _object(line: bytes, file: Path | str, number: int | None = None) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"cannot read {str(file)!r}: {error}: {line[:60]!r}", row=number) from error
-    if not isinstance(record, dict):
-        raise DataError(f"cannot read {str(file)!r}: {line[:60]!r} is no JSON object, one per line", row=number)
-    return record
+                yield parse_line(line, number)
+            number += 1
 
 
 def _look_csv(file: Path, unit_rows: int, spool: Path) -> tuple[list[Piece], list[str], None]:

@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("--max-batch", type=int, default=256, help="sequences generated at a time")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="vLLM's share of the GPU")
-    parser.add_argument("--shard-rows", type=int, default=256, help="rows per shard; a kill loses one shard at most")
+    parser.add_argument(
+        "--shard-rows", type=int, default=512, help="rows in work at a time; a kill loses one shard at most"
+    )
     parser.add_argument("--examples", type=int, default=4, help="examples of each kind in the report")
     return parser
 
@@ -116,9 +118,15 @@ class Job:
             raise ConfigError(f"shard_rows is {options.shard_rows}; a shard holds at least one row.")
         settings = fingerprint(options, dataset, environment, judge.fingerprint())
         process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        return cls(
+        job = cls(
             options, rule, dataset, Work(options.out / "work", settings), reward, environment, process, processes
         )
+        if process == 0 and job.shards < processes:
+            logger.warning(
+                "%d shards of %d rows for %d processes: some have nothing to do. Lower --shard-rows.",
+                job.shards, options.shard_rows, processes,
+            )  # fmt: skip
+        return job
 
     @property
     def shards(self) -> int:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
 
+from data_prep.work import changes, to_disk, write_whole
 from vt_trl.errors import ConfigError
 from vt_trl.rows import FEATURES
 from vt_trl.sources import MANIFEST, MANIFEST_FORMAT, read_manifest
@@ -87,7 +88,7 @@ class UnitWriter:
     def publish(self) -> dict[str, Any]:
         """Give all files their final names; returns what the manifest says of the unit."""
         for temporary, final in self._names:
-            _to_disk(temporary)
+            to_disk(temporary)
             os.replace(temporary, final)
         for shard in self._shards:
             shard["bytes"] = (self.out / shard["file"]).stat().st_size
@@ -136,10 +137,10 @@ def open_manifest(out: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{str(out)!r} is not empty and holds no output of a step; choose an empty folder.")
         return {**MANIFEST_FORMAT, "made_of": made_of, "complete": False, "units": {}}
     manifest = read_manifest(out)
-    if manifest["made_of"] != made_of:
-        was = {name: value for name, value in manifest["made_of"].items() if made_of.get(name) != value}
+    changed = changes(manifest["made_of"], made_of)
+    if changed:
         raise ConfigError(
-            f"{str(out)!r} holds the output of another run ({_short(was)}); choose another folder, or remove it first."
+            f"{str(out)!r} holds the output of another run ({changed}); choose another folder, or remove it first."
         )
     there = {
         name: unit for name, unit in manifest["units"].items() if _is_there(out, name, unit, manifest["complete"])
@@ -150,10 +151,7 @@ def open_manifest(out: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_manifest(out: Path, manifest: Mapping[str, Any]) -> None:
-    temporary = out / f".{MANIFEST}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _to_disk(temporary)
-    os.replace(temporary, out / MANIFEST)
+    write_whole(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def side_part(out: Path, name: str, unit: int | str) -> Path:
@@ -170,18 +168,8 @@ def _is_there(out: Path, number: str, unit: Mapping[str, Any], joined: bool) -> 
     )
 
 
-def _to_disk(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
 def _as_json(value: Any) -> Any:
     """What JSON lacks; nothing of a row that is set aside may be lost."""
     if isinstance(value, bytes | bytearray | memoryview):
         return {"base64": base64.b64encode(value).decode()}
     return str(value)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 200 else text[:197] + "..."

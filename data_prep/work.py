@@ -1,7 +1,8 @@
 """Work that survives a kill: one file per finished piece, and the settings it was done with next to it.
 
 A piece is written beside its name and then renamed, so that it is there whole or not at all. Several processes may
-work in one folder as long as each has pieces of its own.
+work in one folder as long as each has pieces of its own: that is what it has beyond :mod:`data_prep.units`, where one
+process writes rows and a manifest. Whole files and the comparison of settings are the same for both, and are here.
 """
 
 from __future__ import annotations
@@ -40,15 +41,10 @@ class Work:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise DataError(f"{path} is no JSON: {error}. Remove {self.folder} and start again.") from error
-        names = sorted({*before, *self.settings})
-        changed = [
-            f"{name} was {before.get(name)!r} and is {self.settings.get(name)!r}"
-            for name in names
-            if before.get(name) != self.settings.get(name)
-        ]
+        changed = changes(before, self.settings)
         if changed:
             raise ConfigError(
-                f"{self.folder} holds work done with other settings: {'; '.join(changed)}. Counts made in two ways "
+                f"{self.folder} holds work done with other settings: {changed}. Counts made in two ways "
                 f"cannot be mixed: set them back, or choose another output folder."
             )
 
@@ -67,9 +63,27 @@ class Work:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that nobody ever sees half of it; of two processes that write the same, either one stays."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     beside.write_text(text, encoding="utf-8")
+    to_disk(beside)
     os.replace(beside, path)
+
+
+def to_disk(file: Path) -> None:
+    """Wait until a file would survive a loss of power."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Which settings (JSON values) differ, as words; empty when none does."""
+    differing = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {_short(before.get(name))} and is {_short(now.get(name))}" for name in differing)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def digest(*parts: Any) -> str:

@@ -17,7 +17,7 @@ from vt_trl.chat import ChatEncoder
 from vt_trl.envs import ResizeEnv
 from vt_trl.envs.base import message, system, user
 from vt_trl.families import family_of
-from vt_trl.features import ImageFeatures
+from vt_trl.features import ImageFeatures, ImageSizes
 from vt_trl.packing import placeholder_runs
 from vt_trl.tiny import build_tiny
 from vt_trl.types import ImagePart
@@ -176,3 +176,12 @@ def test_a_tokenizer_that_cannot_switch_special_tokens_off_is_refused(side):
     assert encoder.text_ids("clean") == side.encoder.text_ids("clean")
     with pytest.raises(ValueError, match="Careless turned plain text into a control token"):
         encoder.text_ids("a<|image_pad|>")
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_sizes_alone_tell_the_number_of_placeholders(checkpoints, family):
+    """Below, at and above the limits of the processor, which are 1 and 256 visual tokens here."""
+    processor = AutoProcessor.from_pretrained(checkpoints[family]).image_processor
+    for size in [(9, 9), (28, 28), (43, 41), (112, 28), (333, 90), (448, 448), (900, 700), (31, 3000)]:
+        image = picture(1, size)
+        assert ImageSizes(processor).visual_tokens(image) == ImageFeatures(processor).visual_tokens(image)

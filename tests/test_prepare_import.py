@@ -236,6 +236,26 @@ def test_bad_rows_are_set_aside_with_all_that_they_hold(tmp_path, images):
     assert base64.b64decode(bad[4]["image"]["base64"]) == png((11, 0, 0)) and bad[4]["record"]["note"] == "kept"
 
 
+@pytest.mark.parametrize("unit_rows", [2, 100])
+def test_broken_lines_are_set_aside_with_their_number(tmp_path, images, unit_rows):
+    """Lines from 1, rows from 0; the blank line 2 is no row."""
+    root = images("images/0.png")
+    good = [json.dumps(row(number, image="images/0.png")) for number in range(4)]
+    lines = [good[0], "", '{"id": "cut", "question', good[1], "[1]", good[2], "\udcff", good[3]]
+    (root / "data.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    assert [one["id"] for one in imported(root, "rows", tmp_path, unit_rows=unit_rows)] == ["r0", "r1", "r2", "r3"]
+    bad = aside(tmp_path)
+    assert [one["row"] for one in bad] == [1, 3, 5]
+    assert [one["record"]["line"] for one in bad] == ['{"id": "cut", "question', "[1]", "\\xff"]
+    reasons = [reason for one in bad for reason in one["reasons"]]
+    assert len(reasons) == 3 and reasons[1] == "the line holds no row: line 5: it is no JSON object"
+    assert reasons[0].startswith("the line holds no row: line 3: Unterminated string")
+    assert cli.main(["prepare", "check", str(root), "--workers", "0", "--out", str(tmp_path / "checked")]) == 0
+    assert [one["reasons"] for one in aside(tmp_path, "checked")] == [one["reasons"] for one in bad]
+    loaded = load_rows(root)  # without preparation: bad rows like any others
+    assert [(one.number, one.reason) for one in check_rows(loaded)] == list(zip([1, 3, 5], reasons, strict=True))
+
+
 def test_unknown_columns_are_named_and_can_be_renamed(tmp_path, images):
     root = images("images/0.png")
     (root / "data.jsonl").write_text(json.dumps({"img": "images/0.png", "query": "Why?", "answer": "so", "n": 3}))

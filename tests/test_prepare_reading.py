@@ -71,8 +71,8 @@ def test_csv_comes_back(tmp_path_factory, cells):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("x.jsonl", '{"a": 1}\n[1]', "no JSON object"),
-        ("x.jsonl", '{"a": 1}\n{"a"', "cannot read"),
+        ("x.jsonl", '{"a": 1}\n[1]\n\n7', "2 of its 3 lines are no JSON objects.*line 2: it is no JSON object"),
+        ("x.jsonl", '{"a"', "1 of its 1 lines are no JSON objects.*Expecting"),
         ("x.json", '{"a": 1', "cannot read"),
         ("x.json", '{"a": 1}', "no list of rows"),
         ("x.json", "[1, 2]", "one JSON object is needed"),

@@ -10,6 +10,7 @@ import torch
 import yaml
 from conftest import FAMILY_NAMES, picture
 from helpers import CALL, SHORT_PROMPTS, Script, answer, png
+from helpers import row as stored_row
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks.judge_server import JudgeServer, content
@@ -26,7 +27,7 @@ from vt_trl.generation.base import SamplingSettings, ScriptedBackend
 from vt_trl.generation.standalone import make_runner
 from vt_trl.recipe import parse_recipe
 from vt_trl.rollout import Limits, RolloutRunner
-from vt_trl.sft import TraceCollator, VTSFTConfig, sft
+from vt_trl.sft import TraceCollator, VTSFTConfig, as_tokens, make_sft_trainer, require_teachable, sft
 from vt_trl.types import RolloutStatus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,9 +115,7 @@ def test_what_is_not_trained_has_no_part_in_the_loss(checkpoint):
 
 def test_traces_that_cannot_be_taught_name_their_row(checkpoint):
     encoder = encoder_of(checkpoint)
-    collator = TraceCollator(make_environment("resize", SMALL), encoder, pad_id=0, max_length=20)
-    with pytest.raises(DataError, match="id 'a'.*tokens and max_length is 20"):
-        collator([row(replies=ROUTES[0])])
+    collator = TraceCollator(make_environment("resize", SMALL), encoder, pad_id=0)
     with pytest.raises(DataError, match="id 'a'.*still open"):
         collator([row(replies=[CALL])])
 
@@ -127,8 +126,14 @@ def test_recipes_parse(name):
     given = yaml.safe_load((ROOT / "recipes" / name).read_text())
     assert (run.lora, args.learning_rate) == (given.get("lora", "none"), given["learning_rate"])
     assert args.environment_args == given["environment_args"] and args.remove_unused_columns is False
-    with pytest.raises(ConfigError, match="max_length"):  # `vt-trl train` does not take it for one of its own
+    with pytest.raises(ConfigError, match="A recipe with max_length is for `vt-trl sft`, so run that"):
         parse_recipe(ROOT / "recipes" / name, ["--use_cpu", "true", "--bf16", "false"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("[!s]*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_grpo_are_sent_to_their_command(path):
+    with pytest.raises(ConfigError, match="A recipe with .*num_generations.* is for `vt-trl train`, so run that"):
+        parse_recipe(path, (), VTSFTConfig)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +141,7 @@ def test_recipes_parse(name):
     [
         ("packing: true", "packing.*no effect"),
         ("max_length: 0", "max_length is 0"),
+        ("on_too_long: cut", "on_too_long is 'cut'"),
         ("environment: resise", "Did you mean 'resize'"),
         ("num_generations: 4", "Unknown setting.*num_generations"),
     ],
@@ -204,3 +210,36 @@ def test_rows_without_replies_are_no_traces(recipe, tmp_path, folder):
     lines = [{"id": "a", "image": "images/0.png", "question": "What?", "answer": "1", "replies": []}]
     with pytest.raises(DataError, match="row 0.*replies is empty"):
         sft(recipe, ["--dataset", str(folder(*lines, name="data.jsonl"))])
+
+
+def test_long_traces_are_named_before_the_run_or_left_out(recipe, tmp_path, checkpoint, caplog, monkeypatch):
+    """t0 and t2 ask for the full picture and are therefore longer than t1 and t3; the limit lies between."""
+    encoder, shown = encoder_of(checkpoint), load_rows(tmp_path / "traces")
+    environment = make_environment("resize", SMALL)
+    lengths = {one["id"]: len(as_tokens(one, environment, encoder).token_ids) for one in shown}
+    assert lengths["t0"] == lengths["t2"] > lengths["t1"] == lengths["t3"]
+    limit = ["--max_length", str(lengths["t1"])]
+    with pytest.raises(DataError) as error, monkeypatch.context() as patch:
+        patch.setattr("vt_trl.sft.SFTTrainer", None)  # nothing is loaded before
+        sft(recipe, limit)
+    words = f"2 of 4 rows are longer than max_length ({lengths['t1']} tokens; the longest has {lengths['t0']})"
+    assert words in str(error.value) and f"row 0 (id 't0'): too long: {lengths['t0']} tokens" in str(error.value)
+    args = make_args(recipe, [*limit, "--on_too_long", "skip"])
+    assert make_sft_trainer(*args).train_dataset["id"][:] == ["t1", "t3"]
+    assert words in caplog.text and "{'too long': 2}" in caplog.text
+    with pytest.raises(DataError, match="No row is left"):
+        make_sft_trainer(*make_args(recipe, ["--max_length", "9", "--on_too_long", "skip"]))
+
+
+def make_args(recipe: Path, overrides: list[str]) -> tuple:
+    return parse_recipe(recipe, overrides, VTSFTConfig)
+
+
+def test_replies_that_are_no_episode_are_bad_rows_before_the_run(checkpoint, folder):
+    replies = [ROUTES[1], [CALL]]
+    lines = [stored_row(number, answer="7") | {"replies": said} for number, said in enumerate(replies)]
+    encoder, environment = encoder_of(checkpoint), make_environment("resize", SMALL)
+    rows = load_rows(folder(*lines))
+    with pytest.raises(DataError, match="1 of 2 rows are no traces.*\n.*row 1 .id 'r1'.: the dialogue is still open"):
+        require_teachable(rows, environment, encoder, "error", None, "error")
+    assert require_teachable(rows, environment, encoder, "skip", None, "error")["id"][:] == ["r0"]

@@ -81,16 +81,31 @@ def require_good_rows(dataset: Dataset, on_bad_row: str = "error", **checks: Any
     """
     if on_bad_row not in ("error", "skip"):
         raise ConfigError(f"on_bad_row={on_bad_row!r}: there is no such way to treat a bad row; set 'error' or 'skip'")
-    bad = check_rows(dataset, **checks)
+    dataset = leave_out(dataset, check_rows(dataset, **checks), "on_bad_row", on_bad_row)
+    return dataset.remove_columns("image_error") if "image_error" in dataset.column_names else dataset
+
+
+def leave_out(
+    dataset: Dataset,
+    bad: Sequence[BadRow],
+    setting: str,
+    choice: str,
+    what: str = "are bad",
+    remedy: str = "Repair them",
+) -> Dataset:
+    """The data set without ``bad``, counted in the log; ``setting`` has the value ``choice``, "error" or "skip".
+
+    Raises :class:`DataError` with the first bad rows for "error", and when no row is left.
+    """
     lines = [f"  {row}" for row in bad[:_SHOWN]] + ["  ..."] * (len(bad) > _SHOWN)
-    summary = f"{len(bad)} of {len(dataset)} rows are bad:\n" + "\n".join(lines)
+    summary = f"{len(bad)} of {len(dataset)} rows {what}:\n" + "\n".join(lines)
     if len(bad) == len(dataset):
         raise DataError(f"{summary}\nNo row is left; check that the source is the right one")
-    if bad and on_bad_row == "error":
-        raise DataError(f"{summary}\nRepair them, or set on_bad_row='skip' to leave them out")
-    if bad:
-        kinds = Counter(reason.split(":")[0] for row in bad for reason in row.reason.split("; "))
-        logger.warning("%s\nSkipped, by reason: %s", summary, dict(kinds))
-        numbers = {row.number for row in bad}
-        dataset = dataset.select([number for number in range(len(dataset)) if number not in numbers])
-    return dataset.remove_columns("image_error") if "image_error" in dataset.column_names else dataset
+    if not bad:
+        return dataset
+    if choice == "error":
+        raise DataError(f"{summary}\n{remedy}, or set {setting}='skip' to leave them out")
+    kinds = Counter(reason.split(":")[0] for row in bad for reason in row.reason.split("; "))
+    logger.warning("%s\nSkipped, by reason: %s", summary, dict(kinds))
+    numbers = {row.number for row in bad}
+    return dataset.select([number for number in range(len(dataset)) if number not in numbers])

@@ -148,15 +148,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def check_keys(settings: Mapping[str, Any], where: str, kind: type = VTGRPOConfig) -> None:
-    """Raise ConfigError for keys that no setting has, each with the nearest valid name."""
+    """Raise ConfigError for keys that no setting has, each with the nearest valid name or the command it is for."""
     known = {f.name for one in (RunArguments, kind) for f in fields(one) if f.init} | _RESERVED
+    unknown = [key for key in settings if key not in known]
+    if not unknown:
+        return
+    command, others = _other_command(kind)
+    theirs = [key for key in unknown if key in others]
     problems = []
-    for key in settings:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            problems.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-    if problems:
-        raise ConfigError(f"Unknown setting in {where}: {', '.join(problems)}.")
+    for key in unknown:
+        near = [] if key in theirs else difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        problems.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    hint = f" A recipe with {', '.join(theirs)} is for `{command}`, so run that." if theirs else ""
+    raise ConfigError(f"Unknown setting in {where}: {', '.join(problems)}.{hint}")
+
+
+def _other_command(kind: type) -> tuple[str, set[str]]:
+    """The command for recipes that are not for ``kind``, and the settings of its trainer."""
+    from vt_trl.sft import VTSFTConfig  # which needs this module
+
+    other, command = (VTGRPOConfig, "vt-trl train") if kind is VTSFTConfig else (VTSFTConfig, "vt-trl sft")
+    return command, {f.name for f in fields(other) if f.init}
 
 
 def check_kinds(settings: Mapping[str, Any], where: str, kind: type = VTGRPOConfig) -> None:

@@ -45,6 +45,8 @@ NAMES = {  # our column: what it may be called, best first
     "data_source": ("data_source",),
 }
 
+BROKEN_LINE = "the line holds no row"  # how an ``image_error`` begins when the row could not be read at all
+
 _MARKER = re.compile(r"<image(?: ?\d+)?>")
 # What is left of a template or of another model's prompt, once the one marker allowed is taken out.
 _PLACEHOLDER = re.compile(
@@ -137,6 +139,8 @@ def examine(
     ``decode``: decode the picture; otherwise only its presence is checked. ``forbidden``: chat-control tokens; the
     policy cannot write them, so an answer that holds one is never matched. ``rule``: refuse what it cannot show.
     """
+    if str(row.get("image_error") or "").startswith(BROKEN_LINE):
+        return Examined([row["image_error"]])  # that all its columns are empty follows from it
     reasons: list[str] = []
     picture = None
     try:

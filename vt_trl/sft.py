@@ -8,6 +8,7 @@ with loss on the replies alone. The training loop and the loss are TRL's ``SFTTr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from vt_trl.chat import ChatEncoder
-from vt_trl.data import episode_row, load_rows, require_good_rows
+from vt_trl.data import BadRow, episode_row, leave_out, load_rows, require_good_rows
 from vt_trl.dialogue import Demonstration, collate, demonstrate, replay
 from vt_trl.envs import Environment, make_environment
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.families import family_of
-from vt_trl.features import ImageFeatures
+from vt_trl.features import ImageFeatures, ImageSizes
 from vt_trl.recipe import RunArguments, parse_recipe
 from vt_trl.run import freeze_vision, lora_config, open_config
 
@@ -40,7 +41,8 @@ _UNSUPPORTED: dict[str, tuple[Any, str]] = {
 class VTSFTConfig(SFTConfig):
     """SFT settings of TRL plus the environment that the traces are played through.
 
-    ``max_length`` bounds the tokens of a trace; a longer one stops the run, for a cut one would teach half a picture.
+    ``max_length`` bounds the tokens of a trace, for a cut one would teach half a picture. All traces are measured
+    before the run; ``on_too_long`` says what becomes of longer ones.
     """
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["environment_args"]
@@ -50,6 +52,10 @@ class VTSFTConfig(SFTConfig):
         default=None, metadata={"help": "Settings of the environment; the same as in the recipe that trains it next."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a trace at most; default no limit."})
+    on_too_long: str = field(
+        default="error",
+        metadata={"help": "Longer traces stop the run before it starts, or are left out: error or skip."},
+    )
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # the collator needs the row
@@ -59,44 +65,34 @@ class VTSFTConfig(SFTConfig):
                 raise ConfigError(f"{name} is set to {getattr(self, name)!r}, which has no effect here: {why}.")
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(f"max_length is {self.max_length}; it counts tokens. Leave it out for no limit.")
+        if self.on_too_long not in ("error", "skip"):
+            raise ConfigError(f"on_too_long is {self.on_too_long!r}; use error or skip.")
         make_environment(self.environment, self.environment_args)
 
 
 class TraceCollator:
     """Rows with ``replies`` to a batch of tokens, labels and pictures; see :func:`vt_trl.dialogue.collate`.
 
-    Raises DataError, with the row's id, for replies that are no clean episode and for a trace that is too long.
+    Raises DataError, with the row's id, for replies that are no clean episode.
     """
 
-    def __init__(
-        self,
-        environment: Callable[[], Environment],
-        encoder: ChatEncoder,
-        pad_id: int,
-        max_length: int | None = None,
-    ):
-        self.environment, self.encoder, self.pad_id, self.max_length = environment, encoder, pad_id, max_length
+    def __init__(self, environment: Callable[[], Environment], encoder: ChatEncoder, pad_id: int):
+        self.environment, self.encoder, self.pad_id = environment, encoder, pad_id
         self.image_token_id = encoder.tokenizer.convert_tokens_to_ids(encoder.family.image_token)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         features = self.encoder.features
         features.clear()
-        demonstrations = [self.demonstration(row) for row in rows]
+        demonstrations = [as_tokens(row, self.environment, self.encoder) for row in rows]
         return collate(demonstrations, features, pad_id=self.pad_id, image_token_id=self.image_token_id)
 
-    def demonstration(self, row: Mapping[str, Any]) -> Demonstration:
-        """One trace as tokens."""
-        try:
-            dialogue = replay(self.environment(), episode_row(row), row["replies"])
-            found = demonstrate(dialogue, self.encoder)
-            if self.max_length is not None and len(found.token_ids) > self.max_length:
-                raise DataError(
-                    f"the trace has {len(found.token_ids)} tokens and max_length is {self.max_length}; raise it, "
-                    f"lower max_pixels in environment_args, or leave the row out"
-                )
-        except DataError as error:
-            raise error.at(id=str(row.get("id"))) from error
-        return found
+
+def as_tokens(row: Mapping[str, Any], environment: Callable[[], Environment], encoder: ChatEncoder) -> Demonstration:
+    """One trace as tokens. Raises DataError, with the row's id, for replies that are no clean episode."""
+    try:
+        return demonstrate(replay(environment(), episode_row(row), row["replies"]), encoder)
+    except DataError as error:
+        raise error.at(id=str(row.get("id"))) from error
 
 
 def sft(recipe: str | Path, overrides: Sequence[str] = (), **trainer_arguments: Any) -> SFTTrainer:
@@ -119,17 +115,21 @@ def make_sft_trainer(run: RunArguments, args: VTSFTConfig, **trainer_arguments: 
     encoder = ChatEncoder(tokenizer, family, ImageFeatures(processor.image_processor))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     environment = make_environment(args.environment, args.environment_args)
-    rows = traces(run.dataset, run.dataset_split, run.max_rows, run.on_bad_row)
-    eval_rows = None
-    if run.eval_dataset:
-        eval_rows = traces(run.eval_dataset, run.eval_split, run.max_eval_rows, run.on_bad_row)
+    sizes = ChatEncoder(tokenizer, family, ImageSizes(processor.image_processor))
+
+    def checked(source: str, split: str | None, limit: int | None) -> Dataset:
+        rows = traces(source, split, limit, run.on_bad_row)
+        return require_teachable(rows, environment, sizes, run.on_bad_row, args.max_length, args.on_too_long)
+
+    rows = checked(run.dataset, run.dataset_split, run.max_rows)
+    eval_rows = checked(run.eval_dataset, run.eval_split, run.max_eval_rows) if run.eval_dataset else None
     trainer = SFTTrainer(
         model=run.model,
         args=args,
         train_dataset=rows,
         eval_dataset=eval_rows,
         processing_class=processor,
-        data_collator=TraceCollator(environment, encoder, pad_id, args.max_length),
+        data_collator=TraceCollator(environment, encoder, pad_id),
         peft_config=lora_config(run, family),
         **trainer_arguments,
     )
@@ -150,3 +150,41 @@ def traces(source: str, split: str | None, limit: int | None, on_bad_row: str) -
         if not replies or not all(isinstance(reply, str) and reply.strip() for reply in replies):
             raise DataError("replies is empty, or no list of texts", row=number)
     return require_good_rows(rows, on_bad_row)
+
+
+def require_teachable(
+    rows: Dataset,
+    environment: Callable[[], Environment],
+    encoder: ChatEncoder,
+    on_bad_row: str,
+    max_length: int | None,
+    on_too_long: str,
+    workers: int = 4,
+) -> Dataset:
+    """The traces whose replies are a clean episode of at most ``max_length`` tokens; every one is played to see.
+
+    ``on_bad_row`` and ``on_too_long``: "error" raises DataError that counts the others and names the first, "skip"
+    leaves them out and says so in the log. Numbers of rows count what is left by then; ids stay.
+    """
+
+    def length(number: int) -> int | BadRow:
+        row = rows[number]
+        try:
+            return len(as_tokens(row, environment, encoder).token_ids)
+        except DataError as error:
+            return BadRow(number, str(row.get("id")), error.reason)
+
+    with ThreadPoolExecutor(workers) as pool:
+        lengths = list(pool.map(length, range(len(rows))))
+    bad = [one for one in lengths if isinstance(one, BadRow)]
+    rows = leave_out(rows, bad, "on_bad_row", on_bad_row, "are no traces to be taught")
+    lengths = [one for one in lengths if not isinstance(one, BadRow)]
+    ids = rows["id"]
+    long = [
+        BadRow(number, ids[number], f"too long: {tokens} tokens")
+        for number, tokens in enumerate(lengths)
+        if max_length is not None and tokens > max_length
+    ]
+    what = f"are longer than max_length ({max_length} tokens; the longest has {max(lengths)})"
+    remedy = "Raise max_length, lower max_pixels in environment_args"
+    return leave_out(rows, long, "on_too_long", on_too_long, what, remedy)

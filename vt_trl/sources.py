@@ -2,12 +2,14 @@
 
 A loaded row is ``{id: str, image, question: str, answer: list[str], data_source: str}`` plus the source's own scalar
 columns and lists of scalars, such as options. ``image`` is embedded (``datasets.Image(decode=False)``) or an absolute
-path. A picture that is no file of the data set is noted in a column ``image_error``, which exists only then, so that
-one bad row does not keep a data set from loading. Published VisionThink columns (arXiv 2507.13348) are renamed.
+path. A picture that is no file of the data set, or a line that is no JSON, is noted in a column ``image_error``, which
+exists only then, so that one bad row does not keep a data set from loading. Published VisionThink columns (arXiv
+2507.13348) are renamed.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import logging
@@ -24,7 +26,7 @@ from datasets import Dataset, DatasetDict, Features, Value
 
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.images import local_path
-from vt_trl.rows import NAMES, answer_texts, only_image
+from vt_trl.rows import BROKEN_LINE, NAMES, answer_texts, only_image
 
 logger = logging.getLogger(__name__)
 
@@ -73,20 +75,60 @@ def table_file(path: Path, split: str | None) -> Path | None:
     return next((path / (stem + end) for stem in stems for end in TABLES if (path / (stem + end)).is_file()), None)
 
 
+class BrokenLine(dict):
+    """What is read of a line of JSON lines that is no JSON object: no column, but why, and the line itself."""
+
+    def __init__(self, line: bytes, number: int, why: str):
+        super().__init__()
+        self.text = line.decode("utf-8", "backslashreplace").rstrip("\r\n")
+        self.number = number  # of the line in its file, from 1
+        self.why = f"{BROKEN_LINE}: line {number}: {why}"
+
+
+def parse_line(line: bytes, number: int) -> dict[str, Any]:
+    """The JSON object of a line, or a :class:`BrokenLine`."""
+    try:
+        record = json.loads(line.rstrip(b"\r\n"))
+    except json.JSONDecodeError as error:
+        return BrokenLine(line, number, f"{error.msg} (column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        return BrokenLine(line, number, str(error))
+    return record if isinstance(record, dict) else BrokenLine(line, number, "it is no JSON object")
+
+
+def refuse_broken(first: BrokenLine | None, broken: int, lines: int, file: Path) -> None:
+    """Raise :class:`DataError` when more than half of a file's lines are broken: then it is of another format."""
+    if first is not None and broken * 2 > lines:
+        raise DataError(
+            f"cannot read {str(file)!r}: {broken} of its {lines} lines are no JSON objects; the first: {first.why}: "
+            f"{first.text[:60]!r}. One JSON object per line is needed"
+        )
+
+
 def _read_records(file: Path) -> list[dict[str, Any]]:
     """Read rows by hand: the Arrow readers turn the answers "007" and "2018-01-11" into a number and a date."""
     try:
+        if file.suffix == ".jsonl":
+            return _read_lines(file)
         with file.open(encoding="utf-8-sig", newline="") as stream:
             if file.suffix == ".csv":
                 rows = list(csv.DictReader(stream, restkey="", strict=True))
-            elif file.suffix == ".json":
-                rows = json.load(stream)
             else:
-                rows = [json.loads(line) for line in stream if line.strip()]
+                rows = json.load(stream)
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"cannot read {str(file)!r}: {error}") from error
     if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) and "" not in row for row in rows):
         raise DataError(f"cannot read {str(file)!r}: one JSON object, or one CSV cell per heading, is needed per row")
+    return rows
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    lines = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    rows = [parse_line(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not rows:
+        raise DataError(f"cannot read {str(file)!r}: there is no row in it")
+    broken = [row for row in rows if isinstance(row, BrokenLine)]
+    refuse_broken(next(iter(broken), None), len(broken), len(rows), file)
     return rows
 
 
@@ -158,7 +200,7 @@ def _from_records(rows: list[dict[str, Any]], root: Path, source: str) -> Datase
     """Rows whose pictures are files under ``root``."""
     names, others = _columns(list(dict.fromkeys(name for row in rows for name in row)), source)
     columns = {name: [row.get(name) for row in rows] for name in (*names.values(), *others)}
-    paths, errors = zip(*(_path_or_error(value, root) for value in columns[names["image"]]), strict=True)
+    paths, errors = zip(*(_path_or_error(row, names["image"], root) for row in rows), strict=True)
     flat = {name: columns[name] for name in others if all(map(is_flat, columns[name]))}
     try:
         base = Dataset.from_dict({"image": paths, **flat}).cast_column("image", Value("string"))
@@ -167,10 +209,12 @@ def _from_records(rows: list[dict[str, Any]], root: Path, source: str) -> Datase
     return _assemble(base, {ours: columns[name] for ours, name in names.items()}, errors, names.get("id"))
 
 
-def _path_or_error(value: Any, root: Path) -> tuple[str | None, str]:
+def _path_or_error(row: Mapping[str, Any], name: str, root: Path) -> tuple[str | None, str]:
     """A row's picture as an absolute path below ``root``, or why it is none."""
+    if isinstance(row, BrokenLine):
+        return None, row.why
     try:
-        value = only_image(value)
+        value = only_image(row.get(name))
         value = value.get("path") if isinstance(value, Mapping) else value
         return str(local_path(value if isinstance(value, str) else "", root)), ""
     except DataError as error:

@@ -16,7 +16,7 @@ from vt_trl.chat import ChatEncoder
 from vt_trl.envs import Environment
 from vt_trl.errors import ConfigError
 from vt_trl.families import Family, family_of
-from vt_trl.features import ImageFeatures
+from vt_trl.features import ImageFeatures, ImageSizes
 from vt_trl.generation.backends import largest_image_tokens
 from vt_trl.generation.base import Backend
 from vt_trl.generation.hf import HFBackend
@@ -121,7 +121,8 @@ def open_parts(checkpoint: Checkpoint) -> Parts:
         settings = GenerationConfig.from_pretrained(checkpoint.model, revision=checkpoint.revision)
     except OSError:  # a checkpoint need not have any
         settings = GenerationConfig()
-    return make_parts(config, processor, family, settings)
+    parts = make_parts(config, processor, family, settings)
+    return replace(parts, features=ImageSizes(processor.image_processor)) if checkpoint.uses_vllm else parts
 
 
 def make_parts(config: Any, processor: Any, family: Family, settings: GenerationConfig) -> Parts:
