@@ -27,7 +27,7 @@ from vt_trl.generation.base import SamplingSettings, ScriptedBackend
 from vt_trl.generation.standalone import make_runner
 from vt_trl.recipe import parse_recipe
 from vt_trl.rollout import Limits, RolloutRunner
-from vt_trl.sft import TraceCollator, VTSFTConfig, as_tokens, make_sft_trainer, require_teachable, sft
+from vt_trl.sft import TraceCollator, VTSFTConfig, make_sft_trainer, played, require_teachable, sft
 from vt_trl.types import RolloutStatus
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,7 +216,7 @@ def test_long_traces_are_named_before_the_run_or_left_out(recipe, tmp_path, chec
     """t0 and t2 ask for the full picture and are therefore longer than t1 and t3; the limit lies between."""
     encoder, shown = encoder_of(checkpoint), load_rows(tmp_path / "traces")
     environment = make_environment("resize", SMALL)
-    lengths = {one["id"]: len(as_tokens(one, environment, encoder).token_ids) for one in shown}
+    lengths = {one["id"]: len(demonstrate(played(one, environment), encoder).token_ids) for one in shown}
     assert lengths["t0"] == lengths["t2"] > lengths["t1"] == lengths["t3"]
     limit = ["--max_length", str(lengths["t1"])]
     with pytest.raises(DataError) as error, monkeypatch.context() as patch:

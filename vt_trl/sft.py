@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 from vt_trl.chat import ChatEncoder
 from vt_trl.data import BadRow, episode_row, leave_out, load_rows, require_good_rows
-from vt_trl.dialogue import Demonstration, collate, demonstrate, replay
+from vt_trl.dialogue import Dialogue, collate, demonstrate, replay
 from vt_trl.envs import Environment, make_environment
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.families import family_of
@@ -83,14 +84,17 @@ class TraceCollator:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         features = self.encoder.features
         features.clear()
-        demonstrations = [as_tokens(row, self.environment, self.encoder) for row in rows]
+        demonstrations = [demonstrate(played(row, self.environment), self.encoder) for row in rows]
         return collate(demonstrations, features, pad_id=self.pad_id, image_token_id=self.image_token_id)
 
 
-def as_tokens(row: Mapping[str, Any], environment: Callable[[], Environment], encoder: ChatEncoder) -> Demonstration:
-    """One trace as tokens. Raises DataError, with the row's id, for replies that are no clean episode."""
+def played(row: Mapping[str, Any], environment: Callable[[], Environment]) -> Dialogue:
+    """The dialogue of one trace. Raises DataError, with the row's id, for replies that are no clean episode."""
+    replies = row["replies"]
     try:
-        return demonstrate(replay(environment(), episode_row(row), row["replies"]), encoder)
+        if not replies or not all(isinstance(reply, str) and reply.strip() for reply in replies):
+            raise DataError("replies is empty, or no list of texts")
+        return replay(environment(), episode_row(row), replies)
     except DataError as error:
         raise error.at(id=str(row.get("id"))) from error
 
@@ -139,16 +143,13 @@ def make_sft_trainer(run: RunArguments, args: VTSFTConfig, **trainer_arguments: 
 
 
 def traces(source: str, split: str | None, limit: int | None, on_bad_row: str) -> Dataset:
-    """Good rows that have replies. Raises DataError when the column is missing or a row has none."""
+    """Good rows, with replies that are still to be looked at. Raises DataError when the column is missing."""
     rows = load_rows(source, split, limit)
     if "replies" not in rows.column_names:
         raise DataError(
             f"{source!r} has no column `replies`, so it holds rows and no traces; write some with "
             f"`vt-trl prepare traces`"
         )
-    for number, replies in enumerate(rows["replies"]):
-        if not replies or not all(isinstance(reply, str) and reply.strip() for reply in replies):
-            raise DataError("replies is empty, or no list of texts", row=number)
     return require_good_rows(rows, on_bad_row)
 
 
@@ -167,12 +168,16 @@ def require_teachable(
     leaves them out and says so in the log. Numbers of rows count what is left by then; ids stay.
     """
 
+    tokenizing = Lock()  # pictures are read side by side, but tokenizers change their state
+
     def length(number: int) -> int | BadRow:
         row = rows[number]
         try:
-            return len(as_tokens(row, environment, encoder).token_ids)
+            dialogue = played(row, environment)
         except DataError as error:
             return BadRow(number, str(row.get("id")), error.reason)
+        with tokenizing:
+            return len(demonstrate(dialogue, encoder).token_ids)
 
     with ThreadPoolExecutor(workers) as pool:
         lengths = list(pool.map(length, range(len(rows))))
