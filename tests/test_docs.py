@@ -42,6 +42,7 @@ def test_settings_exist():
     known = set(VTGRPOConfig.__dataclass_fields__) | set(RunArguments.__dataclass_fields__)
     named = set(re.findall(r"`([a-z]+_[a-z_]+):? ?[\w.{]*", TEXT)) | set(re.findall(r"--([a-z]+_[a-z_]+)", TEXT))
     logged = {"request_rate", "accuracy_with_tool", "accuracy_without_tool", "frac_reward_zero_std"}
+    logged |= {"eval_accuracy", "eval_visual_tokens"}
     inside = {"max_pixels", "max_attempts"}  # of environment_args and of judge_args
     assert named - known - logged - inside == set()
 
