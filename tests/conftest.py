@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from helpers import png
 from PIL import Image
+from transformers import AutoConfig
 
 # A slow machine is no failure: no test here is about time.
 hypothesis.settings.register_profile("vt_trl", deadline=None)
@@ -33,6 +34,16 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs ../shared, which is not part of the project")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def seven(shared):
+    return AutoConfig.from_pretrained(shared / "qwen" / "qwen2.5-vl-7b-instruct")
+
+
+@pytest.fixture(scope="session")
+def eight(shared):
+    return AutoConfig.from_pretrained(shared / "qwen" / "qwen3-vl-8b")
 
 
 @pytest.fixture(scope="session")

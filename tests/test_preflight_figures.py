@@ -77,7 +77,7 @@ def test_commands_in_the_docs_parse(tmp_path):
         script.write_text(block, encoding="utf-8")
         assert subprocess.run(["bash", "-n", script], capture_output=True, check=False).returncode == 0
     launches = re.findall(r"accelerate launch ((?:.*\\\n)*.*)", "\n".join(blocks))
-    assert len(launches) == 2
+    assert len(launches) == 3
     for text in launches:
         words = shlex.split(text.replace("\\\n", " ").rstrip("'"))
         numbers = {
