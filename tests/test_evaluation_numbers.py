@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import pytest
+from rich.console import Console
 
 from vt_trl.evaluation import RowResult
 from vt_trl.evaluation.paper import paper_tables
-from vt_trl.evaluation.stats import interval, paired, significance
+from vt_trl.evaluation.show import print_results
+from vt_trl.evaluation.stats import interval, paired, significance, summarise
 
 
 def result(number: int, correct: bool | None = True, **more) -> RowResult:
@@ -58,3 +61,13 @@ def test_the_papers_layout():
     assert scores[1] == ["m two-turn", "50.0", "60.0", *"-" * 8, "-", "75.0"]
     assert times[1] == ["m two-turn", "2.0", *"-" * 9]
     assert requests == [["m two-turn", "25.0", *"-" * 9]]
+
+
+def test_results_fit_a_terminal_and_tell_what_was_left_out():
+    cell = {"model": "m", "data": "d", "policy": "always-full", "seconds": 2.0}
+    cell |= summarise([result(0), result(1, False), result(2, None)], [result(number) for number in range(3)])
+    shown = io.StringIO()
+    print_results({"cells": [cell]}, Console(width=80, file=shown))
+    line = next(line for line in shown.getvalue().splitlines() if "always-full " in line)
+    assert line.split() == ["always-full", "50.0", "0.0-100.0", "0.0", "4.0", "100.0", "0.0", "2.0"]
+    assert "1 not be judged" in shown.getvalue() and "33.3 %" in shown.getvalue()

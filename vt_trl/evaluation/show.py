@@ -46,8 +46,8 @@ def print_results(report: Mapping[str, Any], console: Console) -> None:
     for cell in report["cells"]:
         groups.setdefault(f"{cell['model']} on {cell['data']}, {cell['rows']} rows", []).append(cell)
     for title, cells in groups.items():
-        table = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False)
-        for name in ("policy", "accuracy", "95 %", "asked", "visual tokens", "generated", "seconds"):
+        table = Table(title=Text(title), title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+        for name in ("policy", "right %", "95 %", "asked %", "visual", "of full %", "written", "s"):
             table.add_column(name, no_wrap=True)
         for cell in cells:
             table.add_row(Text(cell["policy"]), *_numbers(cell))
@@ -58,15 +58,20 @@ def print_results(report: Mapping[str, Any], console: Console) -> None:
 
 
 def _numbers(cell: Mapping[str, Any]) -> list[str]:
-    low, high = cell["accuracy_interval"] or (None, None)
+    edges = [f"{100 * edge:.1f}" for edge in cell["accuracy_interval"] or ()]
     return [
-        share(cell["accuracy"]),
-        NOTHING if low is None else f"{100 * low:.1f}-{100 * high:.1f}",
-        share(cell["request_rate"]),
-        f"{number(cell['visual_tokens'])} ({share(cell['visual_tokens_share'])})",
+        _percent(cell["accuracy"]),
+        "-".join(edges) or NOTHING,
+        _percent(cell["request_rate"]),
+        number(cell["visual_tokens"]),
+        _percent(cell["visual_tokens_share"]),
         number(cell["generated_tokens"]),
         number(cell["seconds"]),
     ]
+
+
+def _percent(value: float | None) -> str:
+    return NOTHING if value is None else number(100 * value)
 
 
 def _left_out(cell: Mapping[str, Any]) -> str:
