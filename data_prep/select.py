@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep import main
 from data_prep.kinds import Rule, shards_of
-from data_prep.work import Work, json_option, model_print, rows_print
+from data_prep.work import Work, model_print, rows_print
+from vt_trl.commands.options import json_option
 from vt_trl.errors import ConfigError
 
 if TYPE_CHECKING:

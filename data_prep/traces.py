@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep import main
-from data_prep.work import json_option, model_print, picture_bytes, rows_print
+from data_prep.work import model_print, picture_bytes, rows_print
+from vt_trl.commands.options import json_option
 from vt_trl.errors import ConfigError, DataError, JudgeOutage
 
 if TYPE_CHECKING:

@@ -109,17 +109,6 @@ def model_print(model: str) -> str:
     return f"{model}, {digest(files, configs)}"
 
 
-def json_option(text: str, option: str) -> dict[str, Any]:
-    """The JSON object that an option of the command line holds. Raises ConfigError when it is none."""
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{option} is no JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{option} must be a JSON object, such as '{{\"min_pixels\": 262144}}'.")
-    return found
-
-
 def picture_bytes(image: Mapping[str, Any] | str) -> bytes:
     """The file of a loaded row's picture, embedded or at the path that loading has checked."""
     if isinstance(image, str):
