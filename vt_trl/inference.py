@@ -25,7 +25,6 @@ from vt_trl.run_notes import FILE, RunNotes
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 _TURN, _COMPLETION, _CONTEXT = 2048, 32_768, 32_768  # tokens, where neither the caller nor the notes say anything
-_MAX_IMAGES = 2  # in one context, for vLLM: what the environments here show
 
 
 class PolicyModel:
@@ -40,6 +39,7 @@ class PolicyModel:
         max_completion_length: tokens of a whole completion; default: as in training, else 32,768.
         max_model_length: context of vLLM, in tokens.
         max_batch: sequences at a time.
+        max_images: most pictures in one context, for vLLM, the ones shown on request included.
 
     Raises:
         ConfigError: for a model that is not there, does not load, or is an adapter.
@@ -57,11 +57,13 @@ class PolicyModel:
         max_completion_length: int | None = None,
         max_model_length: int = _CONTEXT,
         max_batch: int = 128,
+        max_images: int = 2,
     ):
         dtype = str(dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}.")
         device = None if device is None else str(device)
+        self.max_images = max_images
         self.checkpoint = Checkpoint(str(model), revision, backend, dtype, max_batch, device=device)
         self.parts = open_parts(self.checkpoint)
         self.notes = self._read_notes()
@@ -99,7 +101,7 @@ class PolicyModel:
     def backend(self) -> Backend:
         """Loads the weights when first asked for."""
         image_tokens = largest_image_tokens(self.parts.processor, ResolutionRule().max_pixels)
-        return open_backend(self.checkpoint, self.parts, self.limits.context, _MAX_IMAGES, image_tokens)
+        return open_backend(self.checkpoint, self.parts, self.limits.context, self.max_images, image_tokens)
 
     def settings_for(self, policy: Policy, args: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Settings of a policy's environment: as in training, where the notes say so, and ``args`` over them."""

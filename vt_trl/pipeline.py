@@ -181,7 +181,8 @@ def _row(given: Mapping[str, Any], number: int) -> dict[str, Any]:
         image = load_image(given["image"])
     except DataError as error:
         raise error.at(row=number) from error
-    return {"id": str(number), **given, "image": image, "question": question, "answer": []}
+    own = {"image": image, "images": None, "question": question, "answer": []}
+    return {"id": str(number), **given, **own}
 
 
 def _checked(batch_size: int) -> int:

@@ -19,6 +19,8 @@ from vt_trl.errors import ConfigError
 class UnreliableEnv(ResizeEnv):
     """ResizeEnv whose tool shows an empty grey picture, not the full one, with probability 1 - ``reliability``."""
 
+    any_pictures = False
+
     def __init__(self, reliability: float = 1.0, prompts: Mapping[str, str] | None = None, **resolution: int):
         if not 0 <= reliability <= 1:
             raise ConfigError(f"reliability is {reliability}; it is a probability, from 0 to 1.")

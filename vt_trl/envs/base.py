@@ -33,6 +33,7 @@ class Environment(ABC):
 
     max_turns: int = 1
     max_image_pixels: int | None = None  # of the largest picture it shows; None: what the image processor allows
+    any_pictures: bool = False  # it also plays rows whose ``images`` are several or none (:func:`pictures_of`)
 
     @abstractmethod
     def reset(self, row: Mapping[str, Any]) -> Observation:
@@ -73,6 +74,12 @@ class Environment(ABC):
     @staticmethod
     def show(*messages: Message) -> Observation:
         return Observation(tuple(messages))
+
+
+def pictures_of(row: Mapping[str, Any]) -> list[Image.Image]:
+    """The pictures of a row: its ``images`` where it has that list (empty: a text alone), else its only ``image``."""
+    images = row.get("images")
+    return [row["image"]] if images is None else list(images)
 
 
 def message(role: str, *parts: str | Image.Image) -> Message:

@@ -24,6 +24,8 @@ class AlwaysAskEnv(ResizeEnv):
 
     def reset(self, row: Mapping[str, Any]) -> Observation:
         opening = super().reset(row)
+        if not self.all_views:
+            return opening
         call = json.dumps({"name": self.tool_name, "arguments": self.tool_arguments})
         said = f"<think>It is too small to read.</think><tool_call>{call}</tool_call>"
         shown = self.step(said)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vt_trl.envs.base import Environment, system, user
+from vt_trl.envs.base import Environment, pictures_of, system, user
 from vt_trl.envs.reply import Reply, ToolCall, parse_reply
 from vt_trl.errors import ConfigError
-from vt_trl.images import ResolutionRule
+from vt_trl.images import ResolutionRule, Views
 from vt_trl.prompts import DIRECT_PROMPTS, Prompts
 from vt_trl.types import Done, Fault, Observation, RolloutStatus
 
@@ -24,8 +24,12 @@ class ResizeEnv(Environment):
 
     A call that cannot be run is explained to the policy, which then has its second turn without the picture. Settings:
     ``prompts`` replaces texts (:class:`~vt_trl.prompts.Prompts`), the rest goes to ``ResolutionRule``.
+
+    Several pictures are all shown low, in their order before the question, and one call shows all of them in full. A
+    question without a picture has one turn and the texts of :class:`DirectEnv`, since there is nothing to call for.
     """
 
+    any_pictures = True
     tool_name = "resize_image"
     tool_arguments = {"action": "resize"}
     max_turns = 2
@@ -36,12 +40,19 @@ class ResizeEnv(Environment):
         self.max_image_pixels = self.rule.max_pixels
 
     def reset(self, row: Mapping[str, Any]) -> Observation:
-        self.views = self.rule.views(row["image"])
-        self.turn = 0
+        self.all_views = [self.rule.views(image) for image in pictures_of(row)]
         self.shown = False
-        return self.show(
-            system(self.prompts.system), user(self.views.low, "\n", self.prompts.question(row["question"]))
-        )
+        if not self.all_views:
+            self.turn = self.max_turns - 1  # the only turn is the last one
+            return self.show(system(DIRECT_PROMPTS.system), user(DIRECT_PROMPTS.question(row["question"])))
+        self.turn = 0
+        low = [views.low for views in self.all_views]
+        return self.show(system(self.prompts.system), user(*low, "\n", self.prompts.question(row["question"])))
+
+    @property
+    def views(self) -> Views:
+        """Of the first picture, mostly the only one."""
+        return self.all_views[0]
 
     def step(self, reply: str, truncated: bool = False) -> Observation | Done:
         self.turn += 1
@@ -64,7 +75,8 @@ class ResizeEnv(Environment):
         if last:
             return Done(RolloutStatus.TURN_LIMIT, faults=faults, called=True)
         self.shown = True
-        shown = user(self.prompts.before_image, self.tool_image(), self.prompts.after_image)
+        images = [self.tool_image(), *(views.full for views in self.all_views[1:])]
+        shown = user(self.prompts.before_image, *images, self.prompts.after_image)
         return Observation((shown,), faults, called=True, granted=True)
 
     def _call_faults(self, call: ToolCall | None) -> tuple[Fault, ...]:
@@ -75,7 +87,7 @@ class ResizeEnv(Environment):
         return () if call.arguments == self.tool_arguments else (Fault.WRONG_ARGUMENTS,)
 
     def tool_image(self):
-        """The picture a granted call shows."""
+        """The picture a granted call shows; of several the first."""
         return self.views.full
 
     def gold_replies(self, row: Mapping[str, Any]) -> list[list[str]]:
@@ -88,8 +100,10 @@ class DirectEnv(Environment):
     """One turn at a fixed resolution: VisionThink-General, and the always-full and always-low controls.
 
     ``resolution`` is ``full`` or ``low``; other settings as for :class:`ResizeEnv`, whose resolution rule it shares.
+    Several pictures stand in their order before the question.
     """
 
+    any_pictures = True
     max_turns = 1
 
     def __init__(self, resolution: str = "full", prompts: Mapping[str, str] | None = None, **settings: int):
@@ -101,8 +115,9 @@ class DirectEnv(Environment):
         self.max_image_pixels = self.rule.max_pixels
 
     def reset(self, row: Mapping[str, Any]) -> Observation:
-        image = getattr(self.rule.views(row["image"]), self.resolution)
-        return self.show(system(self.prompts.system), user(image, "\n", self.prompts.question(row["question"])))
+        images = [getattr(self.rule.views(image), self.resolution) for image in pictures_of(row)]
+        gap = "\n" if images else ""
+        return self.show(system(self.prompts.system), user(*images, gap, self.prompts.question(row["question"])))
 
     def step(self, reply: str, truncated: bool = False) -> Done:
         if truncated:

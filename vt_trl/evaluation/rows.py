@@ -92,7 +92,7 @@ def play_rows(
     seconds = 0.0
     for start in range(0, len(rows), batch_size):
         part = [rows[number] for number in range(start, min(start + batch_size, len(rows)))]
-        outcomes, spent = _play(runner, part, settings)
+        outcomes, spent = play([_decoded(row) for row in part], runner, settings)
         results += _judge(part, outcomes, reward)
         rollouts += [one if isinstance(one, Rollout) else None for one in outcomes]
         seconds += spent
@@ -100,11 +100,15 @@ def play_rows(
     return Evaluation(results, rollouts, seconds)
 
 
-def _play(
-    runner: RolloutRunner, rows: Sequence[Mapping[str, Any]], settings: SamplingSettings
+@torch.no_grad()
+def play(
+    rows: Sequence[dict[str, Any] | DataError], runner: RolloutRunner, settings: SamplingSettings
 ) -> tuple[list[Rollout | DataError], float]:
-    """A rollout per row, or why there is none; and the seconds of playing, without decoding."""
-    outcomes: list[Any] = [_decoded(row) for row in rows]
+    """A rollout per row that an environment can read, or why there is none; and the seconds of playing.
+
+    A row that is an error already stays one.
+    """
+    outcomes: list[Any] = list(rows)
     ready = [number for number, one in enumerate(outcomes) if not isinstance(one, DataError)]
     refused: dict[int, DataError] = {}
     runner.encoder.features.clear()
