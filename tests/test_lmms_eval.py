@@ -25,7 +25,7 @@ from loguru import logger  # noqa: E402
 from vt_trl import VisionThinkPipeline  # noqa: E402
 from vt_trl.errors import ConfigError  # noqa: E402
 from vt_trl.generation.base import ScriptedBackend  # noqa: E402
-from vt_trl.inference import PolicyModel  # noqa: E402
+from vt_trl.integrations.player import Player  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGS = {"prompts": SHORT_PROMPTS, "min_pixels": 3136}
@@ -86,14 +86,14 @@ def make(checkpoint):
         lm = get_model("vt_trl")(pretrained=str(checkpoint), **SETTINGS | settings)
         lm.task_dict["local"] = {"test": documents()}
         if reply is not None:
-            tokenizer = lm.policy_model.parts.tokenizer
+            tokenizer = lm.player.model.parts.tokenizer
             script = Script(tokenizer, lambda index, turn: "")
 
             def play(request):
                 script.choose = lambda index, turn: reply(index, tokenizer.decode(request.token_ids))
                 return script(request)
 
-            lm.policy_model.__dict__["backend"] = ScriptedBackend(play)  # in place of the cached property
+            lm.player.model.__dict__["backend"] = ScriptedBackend(play)  # in place of the cached property
         return lm
 
     return build
@@ -133,8 +133,8 @@ def test_answers_come_without_tags_in_order_and_counted(make, said, batch_size):
     )
     results = lm.generate_until(requests(0, 2, max_new_tokens=1, until=["\n"]))
     assert texts(results) == ["seen", "seen"]
-    assert lm.tally.asked == 2 and lm.tally.visual_tokens == [4 + 16, 2 * (4 + 16)]
-    assert results[0].token_counts.output_tokens == lm.tally.generated_tokens // 2
+    assert lm.player.tally.asked == 2 and lm.player.tally.visual_tokens == [4 + 16, 2 * (4 + 16)]
+    assert results[0].token_counts.output_tokens == lm.player.tally.generated_tokens // 2
     lifted = [line for line in said if "this is lifted" in line]
     assert len(lifted) == 1 and "max_new_tokens=1, until=['\\n']" in lifted[0]
     assert any("2 questions played (2 answered); full picture asked for in 100.0%" in line for line in said)
@@ -153,14 +153,14 @@ def test_it_writes_what_the_pipeline_writes(make, checkpoint):
 def test_a_text_alone_and_several_pictures_are_played(make):
     lm = make(lambda index, context: answer(str(index)), batch_size=4, max_turn_tokens=99)
     assert texts(lm.generate_until(requests(3, 2, 0))) == ["0", "1", "2"]
-    assert lm.tally.visual_tokens == [0, 8, 4] and not lm.tally.refused
+    assert lm.player.tally.visual_tokens == [0, 8, 4] and not lm.player.tally.refused
 
 
 def test_what_cannot_be_shown_is_empty_counted_and_said(make, said):
     lm = make(lambda index, context: answer("7"), max_pictures=1, batch_size=2, max_turn_tokens=99)
     video = requests(1, content=[{"type": "video", "url": "a.mp4"}, {"type": "text", "text": "?"}])
     assert texts(lm.generate_until([*requests(2), *requests(0), *video])) == ["", "7", ""]
-    assert len(lm.tally.refused) == 2
+    assert len(lm.player.tally.refused) == 2
     (line,) = [line for line in said if "could not be shown" in line]
     assert "'local/test/2'" in line and "above max_pictures=1" in line and "type 'video'" in line
 
@@ -192,9 +192,9 @@ def test_other_requests_are_refused_and_clean_lets_go(make):
     for name in ("loglikelihood", "generate_until_multi_round"):
         with pytest.raises(NotImplementedError, match="use a task with"):
             getattr(lm, name)([])
-    assert isinstance(lm.policy_model, PolicyModel)
+    assert isinstance(lm.player, Player)
     lm.clean()
-    assert lm.policy_model is None
+    assert lm.player is None
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ lmms-eval finds it by its entry point (:mod:`vt_trl.integrations.lmms_entry`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -16,16 +16,10 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 
-from vt_trl.commands.options import json_option
-from vt_trl.envs import Environment
-from vt_trl.errors import ConfigError, DataError, did_you_mean
-from vt_trl.evaluation.rows import play
-from vt_trl.inference import PolicyModel
-from vt_trl.integrations.questions import Tally, lifted, plain_answer, question_row
-from vt_trl.policies import parse_policy, trained_policy
+from vt_trl.errors import ConfigError, DataError
+from vt_trl.integrations.player import Player
+from vt_trl.integrations.questions import Tally, lifted, plain_answer
 
-_SETTINGS = ("revision", "backend", "device", "dtype", "max_turn_tokens", "max_completion_length", "max_model_length")
-_OWN = ("pretrained", "policy", "environment_args", "batch_size", "max_batch_size", "max_pictures", "unbox", "seed")
 _AUTO_BATCH = {False: 8, True: 256}  # questions at a time with batch_size=auto; True: vLLM
 
 
@@ -61,39 +55,26 @@ class VisionThinkModel(lmms):
         **settings: Any,
     ):
         super().__init__()
-        _check(pretrained, settings, max_pictures)
-        texts = {name: str(settings[name]) for name in ("revision", "device") if settings.get(name) is not None}
-        self.policy_model: PolicyModel | None = PolicyModel(
-            str(pretrained), **{"backend": "auto"} | settings | texts, max_images=2 * max_pictures
-        )
-        model = self.policy_model
-        args = environment_args or {}
-        args = json_option(args, "environment_args") if isinstance(args, str) else args
-        chosen = parse_policy(str(policy), seed) if policy else trained_policy(model.notes.environment)
-        self.environment: Callable[[], Environment] = chosen.environment(model.settings_for(chosen, args))
-        self.any_pictures = self.environment().any_pictures
-        self.max_pictures, self.unbox = max_pictures, unbox
-        self.batch_size = _batch_size(batch_size, max_batch_size, model.uses_vllm)
-        self.tally = Tally()
+        self.player: Player | None = Player(pretrained, policy, environment_args, max_pictures, seed, **settings)
+        self.unbox = unbox
+        self.batch_size = _batch_size(batch_size, max_batch_size, self.player.model.uses_vllm)
         self._said: set[str] = set()
-        limits = model.limits
+        limits = self.player.model.limits
         logger.info(
-            f"vt_trl: {pretrained} plays {chosen.name}, greedy, at most {limits.turn} tokens a turn and "
+            f"vt_trl: {pretrained} plays {self.player.policy}, greedy, at most {limits.turn} tokens a turn and "
             f"{limits.completion} in all"
         )
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """One answer per request, in their order; a question that cannot be shown is answered with "" and counted."""
-        if self.policy_model is None:
+        if self.player is None:
             raise RuntimeError("The model was cleaned up already; load it again.")
-        runner = self.policy_model.runner(self.environment)
-        self.tally = Tally()
+        self.player.tally = Tally()
         results: list[GenerationResult] = []
         with tqdm(total=len(requests), desc="vt_trl", disable=self.rank != 0) as bar:
             for start in range(0, len(requests), self.batch_size):
                 part = requests[start : start + self.batch_size]
-                outcomes, seconds = play([self._row(one) for one in part], runner, self.policy_model.sampling)
-                self.tally.seconds += seconds
+                outcomes = self.player.play([self._row(one) for one in part])
                 results += [self._result(one, outcome) for one, outcome in zip(part, outcomes, strict=True)]
                 bar.update(len(part))
         self._report()
@@ -102,18 +83,10 @@ class VisionThinkModel(lmms):
     def _row(self, request: Instance) -> dict[str, Any] | DataError:
         _, doc_to_messages, settings, doc_id, task, split = request.args
         self._say_lifted(task, settings)
-        try:
-            messages = doc_to_messages(self.task_dict[task][split][doc_id])
-            row = question_row(messages, f"{task}/{split}/{doc_id}", self.max_pictures)
-            if len(row["images"]) != 1 and not self.any_pictures:
-                reason = f"the environment takes one picture, and the question has {len(row['images'])}"
-                raise DataError(reason, id=row["id"])
-        except DataError as error:
-            return error
-        return row
+        messages = doc_to_messages(self.task_dict[task][split][doc_id])
+        return self.player.row(messages, f"{task}/{split}/{doc_id}")
 
     def _result(self, request: Instance, outcome: Any) -> GenerationResult:
-        self.tally.add(outcome)
         if isinstance(outcome, DataError):
             return GenerationResult("", TokenCounts())
         text = plain_answer(outcome, self.unbox)
@@ -131,7 +104,7 @@ class VisionThinkModel(lmms):
             )
 
     def _report(self) -> None:
-        tally = self.tally
+        tally = self.player.tally
         logger.info(f"vt_trl: {tally.summary()}")
         if tally.refused:
             logger.warning(f"vt_trl: {tally.refusals()}")
@@ -155,21 +128,8 @@ class VisionThinkModel(lmms):
 
     def clean(self) -> None:
         """Let go of the weights, so that a local judge has the memory."""
-        self.policy_model = None
+        self.player = None
         super().clean()
-
-
-def _check(pretrained: Any, settings: Mapping[str, Any], max_pictures: Any) -> None:
-    if not pretrained:
-        raise ConfigError("pretrained is not set; name a folder or a model on the Hub: --model_args pretrained=PLACE.")
-    for name in settings:
-        if name not in _SETTINGS:
-            known = (*_OWN, *_SETTINGS)
-            raise ConfigError(
-                f"model_args has {name!r}, which is unknown.{did_you_mean(name, known)} Use {', '.join(known)}."
-            )
-    if not isinstance(max_pictures, int) or max_pictures < 1:
-        raise ConfigError(f"max_pictures is {max_pictures!r}; it counts pictures, so set 1 or more.")
 
 
 def _batch_size(wanted: int | str, most: int | None, uses_vllm: bool) -> int:
