@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
@@ -20,6 +21,12 @@ SHORT_PROMPTS = {
     "after_image": "Go",
     "call_refused": "No. {reason}",
 }
+
+
+def environment_of_its_own(**more: str) -> dict[str, str]:
+    """For a process that a test starts: without what an engine in this process has told vLLM of its rank and port."""
+    told = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in told} | more
 
 
 def answer(text: str) -> str:

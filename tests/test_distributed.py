@@ -12,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from helpers import environment_of_its_own
 from two_processes import JOBS, make_trainer, score
 
 from vt_trl.transcripts import read_transcripts
@@ -31,7 +32,7 @@ def two(checkpoint, tmp_path_factory) -> dict[str, list[dict]]:
     launch = ["accelerate.commands.launch", "--config_file", config, "--main_process_port", port]
     done = subprocess.run(
         [sys.executable, "-m", *launch, str(ROOT / "tests" / "two_processes.py"), str(checkpoint), str(out)],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=environment_of_its_own(PYTHONPATH=paths, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"),
         capture_output=True,
         text=True,
         timeout=500,

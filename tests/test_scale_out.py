@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import environment_of_its_own
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-5  # absolute, in fp32: sums over samples are taken in another order
@@ -28,9 +29,7 @@ def run(job: str, checkpoint: Path, out: Path, config: Path | None = None) -> di
         launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", port]
     done = subprocess.run(
         [sys.executable, *launch, str(ROOT / "tests" / "scale_out.py"), job, str(checkpoint), str(out)],
-        env=os.environ
-        | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        | {"DS_ACCELERATOR": "cpu"},
+        env=environment_of_its_own(PYTHONPATH=paths, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu"),
         capture_output=True,
         text=True,
         timeout=600,

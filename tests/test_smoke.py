@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILY_NAMES
-from helpers import AsksFirst
+from helpers import AsksFirst, environment_of_its_own
 from transformers import AutoProcessor
 
 from vt_trl.config import VTGRPOConfig
@@ -70,7 +70,7 @@ def smoke(checkpoint: Path, rows: Path, out: Path, *options: str, launch: tuple[
             *("--output_dir", str(out), "--num_generations", "2", "--per_device_train_batch_size", "2", *options),
         ],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=environment_of_its_own(PYTHONPATH=paths, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"),
         capture_output=True,
         text=True,
         timeout=590,

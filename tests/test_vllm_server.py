@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from accelerate import Accelerator
 from conftest import picture
+from helpers import environment_of_its_own
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -260,7 +260,10 @@ def real(checkpoints, tmp_path_factory):
     command += ["--limit-mm-per-prompt", '{"image": 3, "video": 0}', "--mm-processor-kwargs", limits]
     with open(log, "w") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=out, env=os.environ | {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}
+            command,
+            stdout=out,
+            stderr=out,
+            env=environment_of_its_own(VLLM_SERVER_DEV_MODE="1", HF_HUB_OFFLINE="1"),
         )
     try:
         yield f"http://127.0.0.1:{port}", process, log
