@@ -236,7 +236,7 @@ def test_other_settings_do_not_go_on_with_the_work(dataset, checkpoint, tmp_path
     ("more", "words"),
     [
         (["--environment-args", '{"resolution": "low"}'], "both"),
-        (["--environment-args", "[1]"], "JSON object"),
+        (["--environment-args", "[1]"], "must map names to settings"),
         (["--margin", "3"], "margin"),
         (["--backend", "vlm"], "backend"),
         (["--judge-args", '{"api_key": "x"}'], "api_key"),
