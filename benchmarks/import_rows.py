@@ -30,6 +30,8 @@ import psutil
 import pyarrow as pa
 from PIL import Image
 
+from benchmarks.reporting import write
+
 _PICTURES = 4096  # different ones; a million would tell the disk's speed
 _PER_FILE, _PER_BATCH = 100_000, 1000
 
@@ -176,8 +178,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     from demos.reading.stages import provenance
 
     report = {"workers": options.workers, "picture": "32 x 32 PNG of noise", "sizes": sizes} | provenance()
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(report, options.json)
     return report
 
 

@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.judge_server import JudgeServer
+from benchmarks.reporting import write
 from vt_trl.judges.base import Case
 from vt_trl.judges.openai import OpenAIJudge
 from vt_trl.judges.prompt import Limits
@@ -265,8 +266,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse_args(argv)
     report = run(options, shlex.join(["python", "-m", "benchmarks.judge", *argv]))
     print_report(report)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(report, options.json)
     return report
 
 

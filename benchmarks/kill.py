@@ -27,10 +27,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
 from transformers import TrainerCallback
 
+from benchmarks.reporting import show, write
 from demos.reading.stages import provenance
 from demos.reading.task import make_dataset
 from vt_trl.config import VTGRPOConfig
@@ -241,15 +240,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         report = measure(options.kills, options.steps, options.seed, Path(folder)) | provenance()
-    table = Table(title="Killed and resumed against left alone")
-    table.add_column("")
-    table.add_column("")
-    for name, value in report.items():
-        if name != "versions":
-            table.add_row(name, str(value))
-    Console().print(table)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    show("Killed and resumed against left alone", report, hidden=("versions",))
+    write(report, options.json)
     return report
 
 

@@ -23,10 +23,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.kill import run_in_child
+from benchmarks.reporting import show, write
 from data_prep import select
 from data_prep.kinds import Kind
 from demos.reading import stages
@@ -151,15 +150,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse_args(argv)
     torch.set_num_threads(1)
     report = measure(options) | stages.provenance()
-    table = Table(title="Selection by resolution where the truth is known")
-    table.add_column("")
-    table.add_column("")
-    for name, value in report.items():
-        if name not in ("versions", "settings", "histogram"):
-            table.add_row(name, str(value))
-    Console().print(table)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    show("Selection by resolution where the truth is known", report, hidden=("versions", "settings", "histogram"))
+    write(report, options.json)
     return report
 
 

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from benchmarks.reporting import write
 from demos.reading.stages import provenance
 from vt_trl.envs import ResizeEnv
 from vt_trl.generation.base import SamplingSettings
@@ -158,8 +159,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report = measure(options) | provenance()
     report["versions"] |= {name: version(name) for name in ("fastapi", "uvicorn", "openai")}
     print(json.dumps(report, indent=2))
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(report, options.json)
     return report
 
 

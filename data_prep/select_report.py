@@ -17,11 +17,12 @@ from data_prep.kinds import Choice, Kind, choose, shares_by_source
 from data_prep.select import settings_of
 from data_prep.shards import UnitWriter
 from data_prep.units import run_units
-from data_prep.work import digest, picture_bytes, write_whole
+from data_prep.work import digest, picture_bytes
 from vt_trl.data import episode_row
 from vt_trl.images import ResolutionRule, data_uri, png_uri
 from vt_trl.rows import FEATURES
 from vt_trl.sources import EMBEDDED, MANIFEST, read_manifest
+from vt_trl.whole import write_whole
 
 if TYPE_CHECKING:
     from data_prep.select import Job

@@ -24,10 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
 
-from data_prep.work import changes, to_disk, write_whole
 from vt_trl.errors import ConfigError
 from vt_trl.rows import FEATURES
 from vt_trl.sources import MANIFEST, MANIFEST_FORMAT, read_manifest
+from vt_trl.whole import changes, to_disk, write_whole
 
 WORK = ".work"  # inside the output folder while a run is not complete
 _GROUP_ROWS, _GROUP_BYTES = 1000, 32 * 2**20  # a row group ends at whichever comes first: what a worker holds

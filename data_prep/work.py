@@ -2,19 +2,19 @@
 
 A piece is written beside its name and then renamed, so that it is there whole or not at all. Several processes may
 work in one folder as long as each has pieces of its own: that is what it has beyond :mod:`data_prep.units`, where one
-process writes rows and a manifest. Whole files and the comparison of settings are the same for both, and are here.
+process writes rows and a manifest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vt_trl.errors import ConfigError, DataError
+from vt_trl.whole import changes, write_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,31 +59,6 @@ class Work:
 
     def read(self, piece: int) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.path(piece).read_text(encoding="utf-8").splitlines()]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that nobody ever sees half of it; of two processes that write the same, either one stays."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    to_disk(beside)
-    os.replace(beside, path)
-
-
-def to_disk(file: Path) -> None:
-    """Wait until a file would survive a loss of power."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Which settings (JSON values) differ, as words; empty when none does."""
-    differing = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    return "; ".join(f"{name} was {_short(before.get(name))} and is {_short(now.get(name))}" for name in differing)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def digest(*parts: Any) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vt_trl.errors import CheckpointError, ConfigError
+from vt_trl.whole import to_disk
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,11 @@ def write_manifest(folder: Path, files: Iterable[Path] | None = None) -> None:
     sizes = {}
     files = [path for path in folder.rglob("*") if path.is_file()] if files is None else files
     for path in sorted(path for path in files if path.name != MANIFEST):
-        _flush(path)
+        to_disk(path)
         sizes[str(path.relative_to(folder))] = path.stat().st_size
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
-    _flush(manifest)
+    to_disk(manifest)
 
 
 def problem_with(folder: Path) -> str | None:
@@ -109,7 +110,7 @@ def put_in_place(output_dir: str | Path, name: str) -> Path:
         if final.exists():  # saved again after a resume at the same step
             shutil.rmtree(final)
         os.rename(staged, final)
-        _flush(output_dir)
+        to_disk(output_dir)
     except OSError as error:
         raise not_saved(output_dir, error) from error
     shutil.rmtree(output_dir / STAGING, ignore_errors=True)
@@ -147,12 +148,3 @@ def rotate(output_dir: str | Path, keep: int | None, protected: Iterable[str | N
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix(_PREFIX))
-
-
-def _flush(path: Path) -> None:
-    """Have the system write a file, or a folder's list of names, to the disk now."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

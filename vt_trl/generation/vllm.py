@@ -12,10 +12,8 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
 
-from PIL import Image
-
 from vt_trl.generation.base import Request, Sample, SamplingSettings
-from vt_trl.generation.vllm_common import BAN, content_id
+from vt_trl.generation.vllm_common import ImageIds, sampling_fields
 from vt_trl.generation.vllm_engine import ColocatedEngine
 from vt_trl.packing import placeholder_runs
 
@@ -28,7 +26,7 @@ class VLLMBackend:
     Args:
         image_token_id: the placeholder, once per visual token in ``Request.token_ids``.
         eos_token_ids: what ends a turn, and nothing else does; part of the returned ids.
-        banned_ids: never sampled, by a bias of ``BAN`` on their logits.
+        banned_ids: never sampled, by a bias of :data:`~vt_trl.generation.vllm_common.BAN` on their logits.
         weights_version: changes when the training weights have (the global step); they are pushed only then.
     """
 
@@ -53,7 +51,7 @@ class VLLMBackend:
         self._names = count()  # vLLM's own request ids; the caller may reuse a sample's id for its next turn
         self._running: dict[str, Request] = {}
         self._ready: deque[Sample] = deque()
-        self._image_ids: dict[int, tuple[Image.Image, str]] = {}
+        self._image_id = ImageIds()
 
     def begin(self, settings: SamplingSettings) -> None:
         self._phase.close()  # what an interrupted phase may have left
@@ -92,30 +90,15 @@ class VLLMBackend:
     def end(self) -> None:
         self._phase.close()
         self._abort()
-        self._image_ids.clear()
+        self._image_id.clear()
         self.engine.sleep()
 
     def _sampling_params(self, request: Request) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        settings = self._settings
-        return SamplingParams(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            min_p=settings.min_p or 0.0,
-            repetition_penalty=settings.repetition_penalty,
-            max_tokens=request.max_new_tokens,
-            seed=request.seed,
-            logprobs=0,  # the sampled token's only
-            stop_token_ids=self.eos_token_ids,
-            ignore_eos=True,  # or the checkpoint's generation_config.json would stop turns as well
-            logit_bias=dict.fromkeys(self.banned_ids, BAN) or None,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            detokenize=False,
-            skip_special_tokens=False,
-        )
+        fields = sampling_fields(self._settings, request, self.eos_token_ids, self.banned_ids)
+        return SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
 
     def _sample(self, output: Any) -> Sample:
         """vLLM's output as ours, after checking that it saw the very tokens that training will see."""
@@ -135,12 +118,6 @@ class VLLMBackend:
         values = [entry[token].logprob for token, entry in zip(ids, completion.logprobs, strict=True)]
         logprobs = tuple(None if math.isnan(value) else value for value in values)
         return Sample(request.request_id, ids, logprobs, completion.finish_reason == "stop")
-
-    def _image_id(self, image: Image.Image) -> str:
-        """``content_id``, once per image object; holding the object keeps its ``id()`` from being given to another."""
-        if id(image) not in self._image_ids:
-            self._image_ids[id(image)] = (image, content_id(image))
-        return self._image_ids[id(image)][1]
 
     @contextmanager
     def _aborting(self, doing: str) -> Iterator[None]:

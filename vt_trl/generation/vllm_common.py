@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from accelerate.utils import is_peft_model
 from PIL import Image
 from trl.generation.vllm_generation import VLLMGeneration
 
+from vt_trl.generation.base import Request, SamplingSettings
 from vt_trl.quantized import is_quantized, whole_weights
 
 BAN = -100.0  # what is added to the logit of a banned token: e^-100 of its probability is left
@@ -20,6 +21,42 @@ def content_id(image: Image.Image) -> str:
     """Size, mode and a hash of the pixels. vLLM trusts it: of two pictures with one id it only shows the first."""
     digest = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
     return f"{image.width}x{image.height}-{image.mode}-{digest}"
+
+
+class ImageIds:
+    """``content_id``, once per image object; holding the object keeps its ``id()`` from being given to another."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Image.Image, str]] = {}
+
+    def __call__(self, image: Image.Image) -> str:
+        if id(image) not in self._known:
+            self._known[id(image)] = (image, content_id(image))
+        return self._known[id(image)][1]
+
+    def clear(self) -> None:
+        self._known.clear()
+
+
+def sampling_fields(
+    settings: SamplingSettings, request: Request, stop_ids: Sequence[int], banned_ids: Sequence[int]
+) -> dict[str, Any]:
+    """vLLM's ``SamplingParams`` of a turn by name, but for the kind of its output."""
+    return {
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "min_p": settings.min_p or 0.0,
+        "repetition_penalty": settings.repetition_penalty,
+        "max_tokens": request.max_new_tokens,
+        "seed": request.seed,
+        "logprobs": 0,  # the sampled token's only
+        "stop_token_ids": list(stop_ids),
+        "ignore_eos": True,  # or the checkpoint's generation_config.json would stop turns as well
+        "logit_bias": dict.fromkeys(banned_ids, BAN) or None,
+        "detokenize": False,
+        "skip_special_tokens": False,
+    }
 
 
 def pixel_limits(processing_class: Any) -> dict[str, Any] | None:

@@ -7,8 +7,6 @@ and then travel as features, because the server takes either token ids or pictur
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import logging
 import queue
@@ -25,7 +23,8 @@ from trl.generation.vllm_client import parse_logprobs
 
 from vt_trl.errors import ConfigError, EngineOutage
 from vt_trl.generation.base import Request, Sample, SamplingSettings
-from vt_trl.generation.vllm_common import BAN, EngineWeights, content_id, pixel_limits
+from vt_trl.generation.vllm_common import EngineWeights, ImageIds, pixel_limits, sampling_fields
+from vt_trl.images import png_uri
 from vt_trl.packing import placeholder_spans
 
 logger = logging.getLogger(__name__)
@@ -161,6 +160,7 @@ class ServerBackend:
         self._done: queue.SimpleQueue[Future[Sample]] = queue.SimpleQueue()
         self._running: set[Future[Sample]] = set()
         self._features: dict[str, Future[dict[str, Any]]] = {}
+        self._image_id = ImageIds()
 
     def begin(self, settings: SamplingSettings) -> None:
         self.end()  # what an interrupted phase may have left
@@ -202,6 +202,7 @@ class ServerBackend:
             future.cancel()
         self._running.clear()
         self._features.clear()
+        self._image_id.clear()
         for pool in (self._pool, self._picture_pool):
             if pool is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -209,16 +210,13 @@ class ServerBackend:
 
     def _picture(self, image: Image.Image) -> Future[dict[str, Any]]:
         """The server's features of a picture, asked for once per phase and picture."""
-        name = content_id(image)
+        name = self._image_id(image)
         if name not in self._features:
             self._features[name] = self._picture_pool.submit(self._render, image)
         return self._features[name]
 
     def _render(self, image: Image.Image) -> dict[str, Any]:
-        data = io.BytesIO()
-        image.save(data, format="PNG")  # lossless: the server must see the very pixels
-        url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-        content = [{"type": "image_url", "image_url": {"url": url}}]
+        content = [{"type": "image_url", "image_url": {"url": png_uri(image)}}]  # the server must see the very pixels
         body = {"model": self._model, "messages": [{"role": "user", "content": content}], "max_tokens": 1}
         return self._post("/v1/chat/completions/render", body)["features"]
 
@@ -241,24 +239,8 @@ class ServerBackend:
         return Sample(request.request_id, ids, logprobs, choice["finish_reason"] == "stop")
 
     def _sampling_params(self, request: Request) -> dict[str, Any]:
-        settings = self._settings
-        return {
-            "n": 1,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "top_k": settings.top_k,
-            "min_p": settings.min_p or 0.0,
-            "repetition_penalty": settings.repetition_penalty,
-            "max_tokens": request.max_new_tokens,
-            "seed": request.seed,
-            "logprobs": 0,
-            "stop_token_ids": self.eos_token_ids,
-            "ignore_eos": True,
-            "logit_bias": {str(token): BAN for token in self.banned_ids} or None,
-            "output_kind": _FINAL_ONLY,
-            "detokenize": False,
-            "skip_special_tokens": False,
-        }
+        fields = sampling_fields(self._settings, request, self.eos_token_ids, self.banned_ids)
+        return fields | {"n": 1, "output_kind": _FINAL_ONLY}
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The server's JSON answer; tries again when it is busy or the line breaks, and says why it gave up."""

@@ -118,8 +118,10 @@ def preflight(
 
 
 def check_run(run: RunArguments, args: VTGRPOConfig, config: PretrainedConfig) -> Preflight | None:
-    """The preflight at the start of a run: the verdict on the main process, in a few lines. It never stops a run, and
-    returns None when nothing can be said."""
+    """The preflight at the start of a run, on the main process alone: its verdict in a few lines. It never stops a
+    run, and returns None when nothing can be said."""
+    if args.process_index != 0:
+        return None
     try:
         launch = launch_from_environment()
         _, limits, notes = load_configuration(run, config)
@@ -128,9 +130,8 @@ def check_run(run: RunArguments, args: VTGRPOConfig, config: PretrainedConfig) -
     except Exception as error:  # an estimate must not be why a training run dies
         logger.warning("No preflight: %s", error)
         return None
-    if args.process_index == 0:
-        lines = verdict(result) if gpu else [f"GiB of memory: {peaks(result.estimate)}."]
-        Console(stderr=True).print("\n".join(("Preflight:", *result.notes, *lines)), highlight=False)
+    lines = verdict(result) if gpu else [f"GiB of memory: {peaks(result.estimate)}."]
+    Console(stderr=True).print("\n".join(("Preflight:", *result.notes, *lines)), highlight=False)
     return result
 
 
