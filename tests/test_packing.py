@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -17,17 +16,24 @@ PAD, PIC, START, END = 0, 90, 91, 92
 CPU = torch.device("cpu")
 
 
+class Picture(int):
+    """A number with an identity of its own."""
+
+
 class FakeFeatures:
     """Pictures are numbers: picture n makes n visual tokens and n patches that hold n."""
 
     def visual_tokens(self, image: int) -> int:
         return image
 
-    def batch(self, images: list[int]) -> dict[str, torch.Tensor]:
-        return {
-            "pixel_values": torch.cat([torch.full((image, 1), float(image)) for image in images]),
-            "image_grid_thw": torch.tensor([[1, 1, image] for image in images]),
-        }
+    def preprocess(self, image: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((image, 1), float(image)), torch.tensor([1, 1, image])
+
+    def patches(self, image: int) -> torch.Tensor:
+        return self.preprocess(image)[0]
+
+    def grid(self, image: int) -> torch.Tensor:
+        return self.preprocess(image)[1]
 
 
 def rollout(prompt: list[int], turns: list[list[int]], told: list[list[int]], images: list[int]) -> Rollout:
@@ -63,48 +69,61 @@ def test_two_rollouts_side_by_side():
         direct         .   1  91  90  92     |  5   6   .   .   .   .   .   .
           attention    0   1   1   1   1     |  1   1   0   0   0   0   0   0
           loss                               |  1   1   0   0   0   0   0   0
-          picture      0   0   0   1   0     |  0   0   0   0   0   0   0   0
         looked         1  91  90  92   2     |  5   3  91  90  90  92   7   8
           attention    1   1   1   1   1     |  1   1   1   1   1   1   1   1
           loss                               |  1   0   0   0   0   0   1   1
-          picture      0   0   1   0   0     |  0   0   0   1   1   0   0   0
     """
     batch = packed([direct(), looked()])
     logps = batch.pop("sampling_per_token_logps")
-    counts = batch.pop("num_images")
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+    pixels = [one.tolist() for one in batch.pop("pixel_values")]
+    lists = {name: value for name, value in batch.items() if isinstance(value, list)}
+    assert {name: tensor.tolist() for name, tensor in batch.items() if name not in lists} == {
         "prompt_ids": [[0, 1, 91, 90, 92], [1, 91, 90, 92, 2]],
         "prompt_mask": [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]],
         "completion_ids": [[5, 6, 0, 0, 0, 0, 0, 0], [5, 3, 91, 90, 90, 92, 7, 8]],
         "completion_mask": [[1, 1, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1]],
         "tool_mask": [[1, 1, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 1, 1]],
-        "mm_token_type_ids": [[0, 0, 0, 1, 0] + [0] * 8, [0, 0, 1, 0, 0] + [0, 0, 0, 1, 1, 0, 0, 0]],
-        "pixel_values": [[1.0], [1.0], [2.0], [2.0]],
-        "image_grid_thw": [[1, 1, 1], [1, 1, 1], [1, 1, 2]],
+        "image_grid_thw": [[1, 1, 1], [1, 1, 2]],
     }
     assert logps.tolist() == [[-5, -6, 0, 0, 0, 0, 0, 0], [-5, 0, 0, 0, 0, 0, -7, -8]]
-    assert counts == [1, 2]
+    assert pixels == [[[1.0]], [[2.0], [2.0]]]  # each picture once
+    assert lists == {"prompt_index": [0, 1], "prompt_images": [1, 1], "image_index": [[0], [0, 1]]}
     assert {batch[name].dtype for name in ("prompt_ids", "completion_ids")} == {torch.int64}
 
 
-def test_pictures_stay_in_the_order_of_the_rollouts():
+def test_pictures_are_kept_once_and_named_in_the_order_of_the_rollouts():
     batch = packed([looked(), direct(), looked()])
-    assert batch["num_images"] == [2, 1, 2]
-    assert batch["image_grid_thw"][:, 2].tolist() == [1, 2, 1, 1, 2]
-    assert batch["pixel_values"].flatten().tolist() == [1, 2, 2, 1, 1, 2, 2]
+    assert batch["image_index"] == [[0, 1], [0], [0, 1]]
+    assert batch["image_grid_thw"][:, 2].tolist() == [1, 2]
+    assert [one.flatten().tolist() for one in batch["pixel_values"]] == [[1], [2, 2]]
+    assert batch["prompt_index"] == [0, 1, 0]
+
+
+def test_without_sharing_every_occurrence_is_a_picture_and_a_prompt_stays_one():
+    batch = packed([looked(), looked(), direct()], share_images=False)
+    assert batch["image_index"] == [[0, 1], [2, 3], [4]]
+    assert batch["image_grid_thw"][:, 2].tolist() == [1, 2, 1, 2, 1]
+    assert batch["prompt_index"] == [0, 0, 1]
+
+
+def test_the_same_words_about_another_picture_are_another_prompt():
+    first, second = direct(), direct()
+    first.images, second.images = [Picture(1)], [Picture(1)]
+    batch = packed([first, second, replace(first)])
+    assert batch["prompt_index"] == [0, 1, 0] and batch["image_index"] == [[0], [1], [0]]
 
 
 def test_without_any_picture_there_are_no_picture_fields():
     batch = packed([rollout([1], [[5]], [], [])])
     assert set(batch) == {
-        *("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "sampling_per_token_logps")
+        *("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask", "sampling_per_token_logps"),
+        *("prompt_index", "prompt_images"),
     }
 
 
 def test_a_rollout_without_picture_next_to_one_with():
     batch = packed([rollout([1], [[5]], [], []), direct()])
-    assert batch["num_images"] == [0, 1]
-    assert batch["mm_token_type_ids"].tolist() == [[0] * 6, [0, 0, 1, 0, 0, 0]]
+    assert batch["image_index"] == [[], [0]] and batch["prompt_images"] == [0, 1]
 
 
 def test_unknown_log_probabilities_become_nan_and_nothing_else_does():
@@ -120,7 +139,6 @@ def test_padding_to_a_multiple_keeps_the_sides():
     assert batch["prompt_mask"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
     assert batch["completion_ids"].tolist() == [[5, 6, 0, 0, 0, 0, 0, 0]]
     assert batch["tool_mask"].tolist() == batch["completion_mask"].tolist() == [[1, 1, 0, 0, 0, 0, 0, 0]]
-    assert batch["mm_token_type_ids"].tolist() == [[0] * 6 + [1] + [0] * 9]
     assert batch["sampling_per_token_logps"].shape == (1, 8)
 
 
@@ -182,7 +200,6 @@ def rollouts(draw) -> Rollout:
 @given(st.lists(rollouts(), min_size=1, max_size=4), st.sampled_from([None, 4]))
 def test_what_was_packed_can_be_read_back(group, multiple):
     batch = packed(group, pad_to_multiple_of=multiple)
-    pixels = iter(batch.get("image_grid_thw", torch.zeros(0, 3))[:, 2].tolist())
     for row, one in enumerate(group):
         prompt, completion = batch["prompt_mask"][row].bool(), batch["completion_mask"][row].bool()
         assert batch["prompt_ids"][row][prompt].tolist() == one.prompt_ids
@@ -192,10 +209,10 @@ def test_what_was_packed_can_be_read_back(group, multiple):
         assert batch["completion_ids"][row][loss].tolist() == [t for turn in one.turns for t in turn.token_ids]
         assert batch["sampling_per_token_logps"][row][loss].tolist() == [p for t in one.turns for p in t.logprobs]
         assert not (loss & ~completion).any()
-        if "num_images" in batch:
-            ids = torch.cat([batch["prompt_ids"][row], batch["completion_ids"][row]])
-            assert ids[batch["mm_token_type_ids"][row].bool()].tolist() == [PIC] * sum(one.images)
-            assert [next(pixels) for _ in range(batch["num_images"][row])] == one.images
-    assert next(pixels, math.nan) is math.nan
+        shown = batch["image_index"][row] if "image_index" in batch else []
+        assert [int(batch["image_grid_thw"][image, 2]) for image in shown] == one.images
+        assert [batch["pixel_values"][image].flatten().tolist() for image in shown] == [[n] * n for n in one.images]
+        assert placeholder_runs(one.prompt_ids, PIC) == one.images[: batch["prompt_images"][row]]
+    assert len({tuple(one.prompt_ids) for one in group}) <= len(set(batch["prompt_index"])) <= len(group)
     widths = {batch["prompt_ids"].shape[1], batch["completion_ids"].shape[1]}
     assert not multiple or all(width % multiple == 0 for width in widths)

@@ -81,8 +81,8 @@ def test_rollout_and_trainer_agree_with_tool_images(checkpoints, tmp_path, famil
     for attempt in range(2):
         trainer.model.train()
         batch = trainer._generate_and_score_completions(inputs_of(trainer, 2))
-        assert batch["num_images"] == [2] * 8  # the second picture lies inside the completion
-        assert (batch["mm_token_type_ids"][:, batch["prompt_ids"].shape[1] :]).any()
+        assert [len(images) for images in batch["image_index"]] == [2] * 8
+        assert batch["prompt_images"] == [1] * 8  # the second picture lies inside the completion
         with torch.no_grad():
             trained = completion_logprobs(trainer, trainer.model, batch, chunk=3)
         gap = ((trained - batch["sampling_per_token_logps"]).abs() * batch["tool_mask"]).max()

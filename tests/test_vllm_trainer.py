@@ -83,7 +83,7 @@ def test_rollouts_follow_the_weights(checkpoint, tmp_path, adapter):
     tower = trainer.family.vision_module + "."
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if tower in n and p.requires_grad}
     first = roll_out(trainer)
-    assert first["num_images"] == [2] * 8
+    assert [len(images) for images in first["image_index"]] == [2] * 8
     assert worst(first, trained(trainer, first)) < 1e-4
     torch.testing.assert_close(
         first["importance_sampling_ratio"], torch.ones_like(first["importance_sampling_ratio"]), atol=1e-3, rtol=0

@@ -12,6 +12,7 @@ from vt_trl.alarm import ACTIONS, check_bands
 from vt_trl.envs import make_environment
 from vt_trl.errors import ConfigError, did_you_mean
 from vt_trl.rewards import PENALTIES, make_rewards
+from vt_trl.speed import SpeedSettings
 
 # Settings of stock TRL that this trainer would ignore; accepting them silently would be a lie.
 _UNSUPPORTED: dict[str, tuple[Any, str]] = {
@@ -32,8 +33,8 @@ _CHOICES = {
 
 
 @dataclass(repr=False)
-class VTGRPOConfig(GRPOConfig):
-    """GRPO settings of TRL plus environment, rewards and penalty.
+class VTGRPOConfig(SpeedSettings, GRPOConfig):
+    """GRPO settings of TRL plus environment, rewards, penalty, and what is computed once (SpeedSettings).
 
     A mapping can be written as YAML in a recipe or as JSON on the command line. Raises ConfigError that says which
     number to change.
@@ -148,6 +149,7 @@ class VTGRPOConfig(GRPOConfig):
         self._check_unsupported()
         self._check_episode()
         self._check_course()
+        self.check_speed()
         self._check_judge()
         self._check_rewards()
         self._check_whole_groups()

@@ -35,6 +35,11 @@ class ImageFeatures:
         """How many placeholder tokens the picture takes: patches after the merger of the vision tower."""
         return int(self.grid(image).prod()) // self.image_processor.merge_size**2
 
+    def preprocess(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`patches` and :meth:`grid`, computed anew."""
+        inputs = self.image_processor(images=[image], return_tensors="pt")
+        return inputs["pixel_values"], inputs["image_grid_thw"][0]
+
     def batch(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """``pixel_values`` (sum of patches, dim) and ``image_grid_thw`` (images, 3) in the order given."""
         return {
@@ -53,8 +58,7 @@ class ImageFeatures:
     def _get(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         entry = self._known.get(id(image))
         if entry is None:
-            inputs = self.image_processor(images=[image], return_tensors="pt")
-            entry = (image, inputs["pixel_values"], inputs["image_grid_thw"][0])
+            entry = (image, *self.preprocess(image))
             self._known[id(image)] = entry
         return entry[1], entry[2]
 

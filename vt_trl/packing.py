@@ -70,12 +70,16 @@ def pack(
     image_token_id: int,
     device: torch.device,
     pad_to_multiple_of: int | None = None,
+    share_images: bool = True,
 ) -> dict[str, Any]:
-    """The fields of TRL's batch that come from rollouts alone, for B rollouts.
+    """The fields of a generation batch that come from rollouts alone, for B rollouts with U unique pictures.
 
-    Returns ``prompt_ids``, ``prompt_mask`` (B, P), ``completion_ids``, ``completion_mask``, ``tool_mask`` (B, C; TRL's
-    name for the loss mask), ``sampling_per_token_logps`` (B, C; NaN where unknown), ``mm_token_type_ids`` (B, P+C),
-    ``pixel_values``, ``image_grid_thw`` and ``num_images`` (list of B).
+    Returns TRL's ``prompt_ids``, ``prompt_mask`` (B, P), ``completion_ids``, ``completion_mask``, ``tool_mask`` (B, C;
+    TRL's name for the loss mask) and ``sampling_per_token_logps`` (B, C; NaN where unknown); and ours:
+    ``prompt_index`` (list of B), equal for rollouts with the same prompt and pictures in it, and ``prompt_images``
+    (list of B), how many pictures lie in the prompt; and, if there are pictures, ``pixel_values`` (list of U, each
+    (patches, dim)), ``image_grid_thw`` (U, 3; on the CPU) and ``image_index`` (list of B lists: the unique picture of
+    each placeholder run). Without ``share_images`` every occurrence counts as a picture of its own.
     """
     for rollout in rollouts:
         check_alignment(rollout, features, image_token_id)
@@ -95,10 +99,33 @@ def pack(
         "tool_mask": stack([rollout.loss_mask for rollout in rollouts], 0, "right", torch.long),
         "sampling_per_token_logps": stack(logprobs, 0.0, "right", torch.float32),
     }
-    images = [image for rollout in rollouts for image in rollout.images]
-    if images:
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        batch["mm_token_type_ids"] = (ids == image_token_id).int()
-        batch["num_images"] = [len(rollout.images) for rollout in rollouts]
-        batch |= {name: tensor.to(device) for name, tensor in features.batch(images).items()}
-    return batch
+    in_prompt = [len(placeholder_runs(ids, image_token_id)) for ids in prompts]
+    known: dict[Any, int] = {}
+    batch["prompt_index"] = [
+        known.setdefault((tuple(rollout.prompt_ids), *map(id, rollout.images[:count])), len(known))
+        for rollout, count in zip(rollouts, in_prompt, strict=True)
+    ]
+    if any(rollout.images for rollout in rollouts):
+        batch |= _pictures(rollouts, features, device, share_images)
+    return batch | {"prompt_images": in_prompt}
+
+
+def _pictures(
+    rollouts: Sequence[Rollout], features: ImageFeatures, device: torch.device, share: bool
+) -> dict[str, Any]:
+    """Pixels of each unique picture, and which of them each rollout shows."""
+    places: dict[int, int] = {}
+    entries: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def place(image: Any) -> int:
+        if share and id(image) in places:
+            return places[id(image)]
+        entries.append((features.patches(image), features.grid(image)) if share else features.preprocess(image))
+        return places.setdefault(id(image), len(entries) - 1) if share else len(entries) - 1
+
+    index = [[place(image) for image in rollout.images] for rollout in rollouts]
+    return {
+        "pixel_values": [patches.to(device) for patches, _ in entries],
+        "image_grid_thw": torch.stack([grid for _, grid in entries]),
+        "image_index": index,
+    }

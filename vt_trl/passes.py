@@ -9,12 +9,11 @@ from torch import nn
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from vt_trl.forward.batches import take
 from vt_trl.importance import sampling_ratio
 
 if TYPE_CHECKING:
     from vt_trl.trainer import VTGRPOTrainer
-
-_PICTURES = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")
 
 
 def add_logprobs(trainer: VTGRPOTrainer, batch: dict[str, Any], chunk: int) -> dict[str, float]:
@@ -27,13 +26,14 @@ def add_logprobs(trainer: VTGRPOTrainer, batch: dict[str, Any], chunk: int) -> d
     engine = trainer.use_vllm and trainer.vllm_importance_sampling_correction
     generate_every = args.steps_per_generation * trainer.num_iterations
     with torch.no_grad(), disable_gradient_checkpointing(trainer.model, args.gradient_checkpointing_kwargs):
+        numbers = trainer.forward.check_once(trainer.model, batch)
         if engine or args.gradient_accumulation_steps % generate_every != 0:
             batch["old_per_token_logps"] = completion_logprobs(trainer, trainer.model, batch, chunk)
         if trainer.beta != 0.0:
             batch["ref_per_token_logps"] = _reference_logprobs(trainer, batch, chunk)
     if not engine:
         # TRL would take these for the engine's; transformers draws from the trainer's own weights, so there is no gap.
-        return {}
+        return numbers
     mask = batch["completion_mask"] * batch["tool_mask"]
     old, sampled = batch["old_per_token_logps"], batch["sampling_per_token_logps"]
     batch["importance_sampling_ratio"] = sampling_ratio(
@@ -46,8 +46,11 @@ def add_logprobs(trainer: VTGRPOTrainer, batch: dict[str, Any], chunk: int) -> d
     )
     gap = (old - sampled).abs()[mask.bool() & ~sampled.isnan()]
     if not len(gap):
-        return {}
-    return {"sampling/logp_difference_max": gap.max().item(), "sampling/logp_difference_mean": gap.mean().item()}
+        return numbers
+    return numbers | {
+        "sampling/logp_difference_max": gap.max().item(),
+        "sampling/logp_difference_mean": gap.mean().item(),
+    }
 
 
 def _reference_logprobs(trainer: VTGRPOTrainer, batch: dict[str, Any], chunk: int) -> torch.Tensor:
@@ -60,13 +63,7 @@ def _reference_logprobs(trainer: VTGRPOTrainer, batch: dict[str, Any], chunk: in
 
 
 def completion_logprobs(trainer: VTGRPOTrainer, model: nn.Module, batch: dict[str, Any], chunk: int) -> torch.Tensor:
-    """(B, C) log-probabilities of the completion tokens under ``model``, by the same forward that trains."""
-    logps, _, _ = trainer._get_per_token_logps_and_entropies(
-        model,
-        torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-        torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-        batch["completion_ids"].size(1),
-        batch_size=chunk,
-        **{name: batch[name] for name in _PICTURES if name in batch},
-    )
-    return logps
+    """(B, C) log-probabilities of the sampled tokens under ``model``, by the same forward that trains; 0 elsewhere."""
+    count = len(batch["prompt_index"])
+    parts = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    return torch.cat([trainer.forward.score(model, take(batch, rows)).logprobs for rows in parts])

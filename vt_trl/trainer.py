@@ -33,7 +33,8 @@ from vt_trl.data import episode_row
 from vt_trl.envs import Environment, make_environment
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
-from vt_trl.fused_head import labelled_positions_only
+from vt_trl.forward import PolicyForward
+from vt_trl.forward.batches import loss_mask, micro_batches, without_idle
 from vt_trl.generation.backends import hf_backend, vllm_backend
 from vt_trl.generation.base import Backend, SamplingSettings
 from vt_trl.groups import Group, Refiller, effective_share, score_groups, set_advantages, without_loss
@@ -46,7 +47,7 @@ from vt_trl.resume import EndInOrder, ResumableTrainer
 from vt_trl.rewards import make_rewards
 from vt_trl.rollout import Limits, RolloutRunner
 from vt_trl.sharding import unsharded
-from vt_trl.token_ban import ban_tokens, declare_whole
+from vt_trl.token_ban import ban_tokens
 from vt_trl.transcripts.log import TranscriptLog
 from vt_trl.types import Rollout, RolloutStatus
 
@@ -109,6 +110,7 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
         self._open_judges()
         self.last_rollouts: list[Rollout] = []
         self._setup_tokens()
+        self.forward = PolicyForward(self)
         self._setup_rollouts(args, environment, backend)
         self.alarm = CollapseAlarm(self, args, has_tool=self.runner.environment().max_turns > 1)
         self.add_callback(self.alarm)
@@ -193,6 +195,7 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
         sampling = self.args.dynamic_sampling if mode == "train" else "off"
         self._seconds = Counter(dict.fromkeys(PHASES, 0.0))
         self.features.clear()
+        self.forward.forget()
         groups: list[Group] = []
         left_out: list[Group] = []
         if sampling == "refill":
@@ -206,6 +209,7 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
                 image_token_id=self.image_token_id,
                 device=self.accelerator.device,
                 pad_to_multiple_of=self.pad_to_multiple_of,
+                share_images=self.args.share_images,
             )
             args = self.args
             chunk = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
@@ -248,12 +252,37 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
         for start in self._early:
             start(rollout)
 
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
+        """The next micro-batch; generates when the last generation is used up. Evaluation takes its rows as they are.
+
+        TRL's, but for the division of a generation, which knows of groups and of pictures they share.
+        """
+        if self._mode() == "eval":
+            return self._generate_and_score_completions(generation_batch)
+        steps, accumulated = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            parts = micro_batches(batch, steps, accumulated, self.args.balance_micro_batches)
+            self._buffered_inputs = [without_idle(part) for part in parts] if self._zero_is_idle() else parts
+        return self._buffered_inputs[self._step % steps]
+
+    def _zero_is_idle(self) -> bool:
+        """Whether a rollout whose advantage is 0 changes neither loss nor gradient."""
+        other_terms = self.beta != 0.0 or self._entropy_bonus_enabled or self.aux_loss_enabled
+        # These two look at all loss tokens of the micro-batch, whatever their advantage.
+        over_tokens = self.loss_type == "bnpo" or self.top_entropy_quantile < 1.0
+        return self.args.skip_zero_advantage and not other_terms and not over_tokens
+
     def _get_per_token_logps_and_entropies(
-        self, model: nn.Module, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, ...]:
-        declare_whole(self.accelerator.unwrap_model(model))
-        with labelled_positions_only():
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        self, model: nn.Module, *args: Any, compute_aux_loss: bool = False, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What TRL's loss asks for of ``self._scored``, the micro-batch at hand, from our own forward."""
+        batch = self._scored
+        scores = self.forward.score(model, batch, compute_aux_loss)
+        logprobs = scores.logprobs
+        if (old := batch.get("old_per_token_logps")) is not None:
+            logprobs = torch.where(loss_mask(batch).bool(), logprobs, old)  # no ratio where there is no loss
+        return logprobs, scores.entropies, scores.aux_loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """TRL's loss; where it is a mean over sequences, over those only whose group carries loss.
@@ -262,11 +291,11 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
         tokens already.
         """
         scale = inputs["loss_scale"][0].item() if self.loss_type in PER_SEQUENCE_LOSSES else 1.0
-        beta, self.beta = self.beta, self.beta * scale
+        beta, self.beta, self._scored = self.beta, self.beta * scale, inputs
         try:
             return super().compute_loss(model, {**inputs, "advantages": inputs["advantages"] * scale}, *args, **kwargs)
         finally:
-            self.beta = beta
+            self.beta, self._scored = beta, None
 
     def _score(self, rollouts: list[Rollout], group_size: int) -> list[Group]:
         with self._phase("score"):
