@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import CALL, answer
+from conftest import picture
+from helpers import CALL, SHORT_PROMPTS, answer
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vt_trl.chat import ChatEncoder
 from vt_trl.dialogue import Demonstration, collate, demonstrate, replay
-from vt_trl.envs import Environment
+from vt_trl.envs import DirectEnv, Environment, ResizeEnv
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
 from vt_trl.tiny import build_tiny
@@ -42,3 +45,42 @@ def make_parrot(folder: Path, lessons: Sequence[Lesson], steps: int = 400) -> Pa
         optimizer.step()
         optimizer.zero_grad()
     raise RuntimeError(f"after {steps} steps the least likely token still has {chance[targets != -100].min():.3f}")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A checkpoint that asks for the full picture of a question to be read and answers one to be said at once.
+
+    ``rows``: for it, with the answers that it gives; ``rows_folder``: the same as files, and a fifth
+    one whose picture is broken.
+    """
+
+    path: Path
+    rows: list[dict[str, Any]]
+    rows_folder: Path
+    environment: dict[str, Any]
+
+
+def make_reader(folder: Path) -> Reader:
+    """Build it: what it answers to "Read it" hangs on the picture, which it asks for first."""
+    environment = {"min_pixels": 3136, "prompts": SHORT_PROMPTS}
+    asked = [("Read it", 0, "7"), ("Read it", 1, "8"), ("Say it", 0, "8"), ("Say it", 1, "8")]
+    rows = [
+        {"id": f"row-{number}", "image": picture(seed), "question": question, "answer": [gold]}
+        for number, (question, seed, gold) in enumerate(asked)
+    ]
+    lessons: list[Lesson] = []
+    for row in rows:
+        said = [answer(row["answer"][0])]
+        calls = [CALL] if row["question"] == "Read it" else []
+        lessons += [(ResizeEnv(**environment), row, [*calls, *said]), (DirectEnv("full", **environment), row, said)]
+    rows_folder = folder / "rows"
+    rows_folder.mkdir(parents=True)
+    lines = []
+    for row in rows:
+        row["image"].save(rows_folder / f"{row['id']}.png")
+        lines.append(json.dumps(row | {"image": f"{row['id']}.png"}))
+    (rows_folder / "broken.png").write_bytes(b"broken")
+    lines.append(json.dumps(rows[0] | {"id": "broken", "image": "broken.png"}))
+    (rows_folder / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return Reader(make_parrot(folder / "model", lessons), rows, rows_folder, environment)

@@ -96,4 +96,4 @@ def test_counts_are_those_of_transformers_also_after_an_interruption(dataset, pa
     assert records(out) == records(plain)
     assert json.loads((out / "report.json").read_text())["settings"]["backend"] == "vllm"
     assert load_rows(out / "rows").to_list() == load_rows(plain / "rows").to_list()
-    engines[0].backend.engine.llm.llm_engine.engine_core.shutdown()  # or it lives until all tests have ended
+    engines[0].backend.engine.close()

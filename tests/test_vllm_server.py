@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -16,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 from accelerate import Accelerator
 from conftest import picture
-from helpers import environment_of_its_own
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm_serving import vllm_server
 
 from vt_trl.errors import ConfigError, EngineOutage
 from vt_trl.generation.base import Request, SamplingSettings
@@ -246,30 +244,11 @@ def test_spans_are_the_runs_of_placeholders(ids):
 
 @pytest.fixture(scope="module")
 def real(checkpoints, tmp_path_factory):
-    """vLLM's own server, on this machine's CPU, with a tiny Qwen2.5-VL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    side = 28
-    limits = json.dumps({"size": {"shortest_edge": side**2, "longest_edge": 256 * side**2}})
+    """vLLM's own server with a tiny Qwen2.5-VL."""
     log = tmp_path_factory.mktemp("server") / "log"
-    # `vllm serve` looks for a distribution called vllm, which the CPU build is not; the module is the same server.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoints["qwen2_5_vl"])]
-    command += ["--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--dtype", "float32", "--enforce-eager"]
-    command += f"--host 127.0.0.1 --port {port} --max-model-len 2048 --max-num-seqs 16".split()
-    command += ["--limit-mm-per-prompt", '{"image": 3, "video": 0}', "--mm-processor-kwargs", limits]
-    with open(log, "w") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=out,
-            env=environment_of_its_own(VLLM_SERVER_DEV_MODE="1", HF_HUB_OFFLINE="1"),
-        )
-    try:
-        yield f"http://127.0.0.1:{port}", process, log
-    finally:
-        process.terminate()
-        process.wait(30)
+    options = ["--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--max-model-len", "2048"]
+    with vllm_server(checkpoints["qwen2_5_vl"], log, *options) as server:
+        yield server.url, server.process, log
 
 
 @pytest.mark.vllm

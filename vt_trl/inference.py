@@ -103,6 +103,12 @@ class PolicyModel:
         image_tokens = largest_image_tokens(self.parts.processor, ResolutionRule().max_pixels)
         return open_backend(self.checkpoint, self.parts, self.limits.context, self.max_images, image_tokens)
 
+    def close(self) -> None:
+        """Give the weights up before another model is loaded; with vLLM its process ends."""
+        engine = getattr(self.__dict__.pop("backend", None), "engine", None)
+        if engine is not None:
+            engine.close()
+
     def settings_for(self, policy: Policy, args: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Settings of a policy's environment: as in training, where the notes say so, and ``args`` over them."""
         return trained_settings(policy, self.notes.environment) | dict(args or {})

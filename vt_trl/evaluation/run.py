@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import product
@@ -84,11 +85,11 @@ def evaluate(plan: Plan, out: str | Path, progress: Progress = lambda label, don
     done: dict[Cell, list[Shard]] = {}
     try:
         for model_name, place in plan.models.items():
-            model = PolicyModel(place, **plan.model_settings)
-            for (data_name, rows), policy in product(data.items(), policies):
-                cell = Cell(model_name, data_name, policy.name)
-                done[cell] = session.run(cell, model, policy, rows)
-            del model  # before the next one is loaded
+            with closing(PolicyModel(place, **plan.model_settings)) as model:
+                for (data_name, rows), policy in product(data.items(), policies):
+                    cell = Cell(model_name, data_name, policy.name)
+                    done[cell] = session.run(cell, model, policy, rows)
+            del model  # its weights, before the next one's are loaded
     finally:
         session.reward.close()
     report = {"plan": asdict(plan) | {"policies": [policy.name for policy in policies]}}
