@@ -15,7 +15,7 @@ from PIL import Image
 
 from vt_trl.families import Family
 from vt_trl.features import ImageFeatures
-from vt_trl.types import ImagePart, Message, TextPart
+from vt_trl.types import INSERTED, ImagePart, Message, TextPart
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,13 @@ class ChatEncoder:
         return self._encode(messages, opening="")
 
     def reply(self, messages: Sequence[Message]) -> Encoded:
-        """What stands between a sampled stop token and the next assistant turn."""
+        """What stands between a sampled stop token and the next assistant turn.
+
+        An :data:`~vt_trl.types.INSERTED` message stands inside the assistant's turn: its parts and nothing around.
+        """
+        if messages[0].role == INSERTED:
+            ids, images, visual, text = self._parts([part for one in messages for part in one.parts], "")
+            return Encoded(ids + self.text_ids(text), images, visual)
         return self._encode(messages, opening="\n")
 
     def decode(self, token_ids: Sequence[int], stop_ids: set[int]) -> str:
@@ -73,18 +79,27 @@ class ChatEncoder:
         text = opening  # text since the last control token; encoded in one piece, as the chat template would
         for message in messages:
             ids += self.text_ids(text) + [self._control[family.turn_start]]
-            text = f"{message.role}\n"
-            for part in message.parts:
-                if isinstance(part, ImagePart):
-                    count = self.features.visual_tokens(part.image)
-                    ids += self.text_ids(text) + [self._control[family.vision_start]]
-                    ids += [self._control[family.image_token]] * count + [self._control[family.vision_end]]
-                    images.append(part.image)
-                    visual += count
-                    text = ""
-                else:
-                    text += part.text
-            ids += self.text_ids(text) + [self._control[family.turn_end]]
+            found, shown, count, text = self._parts(message.parts, f"{message.role}\n")
+            ids += found + self.text_ids(text) + [self._control[family.turn_end]]
+            images += shown
+            visual += count
             text = "\n"
         ids += self.text_ids(text) + [self._control[family.turn_start]] + self.text_ids("assistant\n")
         return Encoded(ids, images, visual)
+
+    def _parts(
+        self, parts: Sequence[TextPart | ImagePart], text: str
+    ) -> tuple[list[int], list[Image.Image], int, str]:
+        """Ids, pictures, visual tokens of parts after ``text``, and the text after the last picture, not yet ids."""
+        family, ids, images, visual = self.family, [], [], 0
+        for part in parts:
+            if isinstance(part, ImagePart):
+                count = self.features.visual_tokens(part.image)
+                ids += self.text_ids(text) + [self._control[family.vision_start]]
+                ids += [self._control[family.image_token]] * count + [self._control[family.vision_end]]
+                images.append(part.image)
+                visual += count
+                text = ""
+            else:
+                text += part.text
+        return ids, images, visual, text

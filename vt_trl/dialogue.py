@@ -15,9 +15,9 @@ from PIL import Image
 from vt_trl.chat import ChatEncoder
 from vt_trl.envs import Environment
 from vt_trl.envs.base import message
-from vt_trl.errors import DataError
+from vt_trl.errors import ConfigError, DataError
 from vt_trl.images import png_uri
-from vt_trl.types import Done, Message, Observation, Rollout, RolloutStatus, TextPart, Turn
+from vt_trl.types import INSERTED, Done, Message, Observation, Region, Rollout, RolloutStatus, TextPart, Turn
 
 
 class Dialogue:
@@ -32,6 +32,7 @@ class Dialogue:
         self.images: list[Image.Image] = [image for one in self.messages for image in one.images]
         self.turns: list[Turn] = []
         self.asked = self.attempted = False
+        self.regions: list[Region] = []
         self.end: Done | None = None
 
     def say(self, reply: str, truncated: bool = False) -> Observation | Done:
@@ -44,6 +45,7 @@ class Dialogue:
             self.end = outcome
         else:
             self.asked = self.asked or outcome.granted
+            self.regions += outcome.regions
             self.messages += outcome.messages
             self.images += [image for one in outcome.messages for image in one.images]
         return outcome
@@ -71,6 +73,7 @@ class Dialogue:
             asked=self.asked,
             attempted=self.attempted,
             detail=self.end.detail,
+            regions=self.regions,
         )
 
 
@@ -108,7 +111,8 @@ def demonstrate(dialogue: Dialogue, encoder: ChatEncoder) -> Demonstration:
     ids, mask, images = list(prompt.token_ids), [0] * len(prompt.token_ids), list(prompt.images)
     stop = encoder.tokenizer.convert_tokens_to_ids(encoder.family.turn_end)
     told: list[Message] = []
-    for one in dialogue.messages[dialogue.prompt_messages :]:
+    completion = dialogue.messages[dialogue.prompt_messages :]
+    for one, following in zip(completion, [*completion[1:], None], strict=True):
         if one.role != "assistant":
             told.append(one)
             continue
@@ -117,7 +121,8 @@ def demonstrate(dialogue: Dialogue, encoder: ChatEncoder) -> Demonstration:
             ids += reply.token_ids
             mask += [0] * len(reply.token_ids)
             images += reply.images
-        said = [*encoder.text_ids(one.text), stop]
+        goes_on = following is not None and following.role == INSERTED  # in the same turn, without a stop token
+        said = encoder.text_ids(one.text) + ([] if goes_on else [stop])
         ids += said
         mask += [1] * len(said)
     return Demonstration(ids, mask, images)
@@ -135,9 +140,14 @@ def trl_example(dialogue: Dialogue) -> dict[str, Any]:
 
 
 def chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as a chat-completions endpoint takes them."""
+    """Messages as a chat-completions endpoint takes them. Raises ConfigError for pictures inside a reply."""
     found = []
     for one in messages:
+        if one.role == INSERTED:
+            raise ConfigError(
+                "the environment puts pictures into the assistant's own turn, which no chat endpoint can go on with; "
+                "set shape: tool_call in its environment_args"
+            )
         parts: list[dict[str, Any]] = [
             {"type": "text", "text": part.text}
             if isinstance(part, TextPart)

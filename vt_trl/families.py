@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vt_trl.boxes import Sight
 from vt_trl.errors import ConfigError
 
 
@@ -27,6 +28,16 @@ class Family:
     vision_module: str  # path of the vision tower inside the model
     default_system: str | None  # what the family's template says when a dialogue has no system message
     boxes: Literal["shown_pixels", "per_mille"]
+
+    def sight(self, image_processor: Any) -> Sight:
+        """How a model of this family sees pictures through its image processor."""
+        size = image_processor.size
+        return Sight(
+            self.boxes,
+            image_processor.patch_size * image_processor.merge_size,
+            size["shortest_edge"],
+            size["longest_edge"],
+        )
 
     def control_ids(self, tokenizer: Any) -> dict[str, int]:
         """Id of each control token this tokenizer has. Raises ConfigError when one the layout needs is missing."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from vt_trl.errors import ConfigError
 from vt_trl.types import Fault
@@ -47,7 +47,7 @@ def hermes_system(tools: list[dict[str, Any]], preamble: str = "You are a helpfu
     )
 
 
-_CALL_FAULTS = {
+CALL_FAULTS = {
     Fault.BAD_JSON: "Between the tool_call tags stands no JSON object with exactly the keys name and arguments.",
     Fault.WRONG_TOOL: "There is no tool of that name; the only one is resize_image.",
     Fault.WRONG_ARGUMENTS: 'The arguments do not fit; resize_image takes {"action": "resize"} and nothing else.',
@@ -80,8 +80,10 @@ class Prompts:
         "Reason inside <think> </think> and answer inside <answer> </answer> from what you have seen."
     )
 
+    reasons: ClassVar[Mapping[Fault, str]] = CALL_FAULTS  # what a refusal says of a fault
+
     @classmethod
-    def from_settings(cls, settings: Mapping[str, str] | None, base: Prompts | None = None) -> Prompts:
+    def from_settings(cls, settings: Mapping[str, str] | None, base: Prompts | None = None) -> Self:
         """Prompts with some texts replaced. Raises ConfigError for an unknown name or a text without its slot."""
         known = [f.name for f in fields(cls)]
         for name, text in (settings or {}).items():
@@ -101,7 +103,7 @@ class Prompts:
 
     def refusal(self, faults: tuple[Fault, ...]) -> str:
         """The tool reply for a call that cannot be run; fixed sentences only, nothing the policy wrote is echoed."""
-        reasons = [_CALL_FAULTS[fault] for fault in faults if fault in _CALL_FAULTS]
+        reasons = [self.reasons[fault] for fault in faults if fault in self.reasons]
         return self.call_refused.replace("{reason}", " ".join(reasons) or "The call could not be read.")
 
 

@@ -19,7 +19,7 @@ from vt_trl.envs.base import Environment, message
 from vt_trl.errors import DataError
 from vt_trl.generation.base import Backend, Request, Sample, SamplingSettings
 from vt_trl.generation.tensor_parallel import EngineGroup
-from vt_trl.types import Done, Fault, Message, Observation, Rollout, RolloutStatus, Turn
+from vt_trl.types import Done, Fault, Message, Observation, Region, Rollout, RolloutStatus, Turn
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,19 @@ class _Episode:
     visual_tokens: int = 0
     asked: bool = False
     attempted: bool = False
+    regions: list[Region] = field(default_factory=list)
+    spoken: tuple[int, ...] = ()  # tokens of the turn under way
 
-    def sampled(self, sample: Sample, text: str) -> None:
+    def sampled(self, sample: Sample) -> None:
+        self.spoken += sample.token_ids
         self.completion_ids += sample.token_ids
         self.loss_mask += [1] * len(sample.token_ids)
         self.logprobs += sample.logprobs
-        self.turns.append(Turn(text, sample.token_ids, sample.logprobs, sample.finished))
+
+    def end_turn(self, text: str, finished: bool) -> None:
+        ids, self.spoken = self.spoken, ()
+        self.turns.append(Turn(text, ids, tuple(self.logprobs[len(self.logprobs) - len(ids) :]), finished))
+        self.messages.append(message("assistant", text))
 
     def blame(self, faults: tuple[Fault, ...]) -> None:
         self.turns[-1] = replace(self.turns[-1], faults=faults)
@@ -147,6 +154,9 @@ class RolloutRunner:
             for sample in self.backend.completed():
                 index = sample.request_id
                 episode = episodes[index]
+                if self._goes_on(episode, sample):
+                    self._submit(index, episode, settings.seed)
+                    continue
                 said = len(episode.messages) + 1
                 done = self._advance(episode, sample)
                 if done is None:
@@ -214,22 +224,35 @@ class RolloutRunner:
 
     @staticmethod
     def _unsampled(episode: _Episode) -> int:
-        """Tokens that the next turn may sample, when there is room for them."""
-        limits = episode.limits
-        return limits.turn if limits.sampled is None else min(limits.turn, limits.sampled - sum(episode.loss_mask))
+        """Tokens that the turn may still sample, when there is room for them."""
+        limits, turn = episode.limits, episode.limits.turn - len(episode.spoken)
+        return turn if limits.sampled is None else min(turn, limits.sampled - sum(episode.loss_mask))
 
     def _submit(self, index: int, episode: _Episode, seed: int | None) -> None:
         room = min(self._unsampled(episode), self._room(episode))
         ids = (*episode.prompt.token_ids, *episode.completion_ids)
         own_seed = None if seed is None else turn_seed(seed, episode.row.get("id"), episode.member, ids)
-        self.backend.submit(Request(index, ids, tuple(episode.images), room, own_seed))
+        stop = episode.environment.stop_texts
+        self.backend.submit(Request(index, ids, tuple(episode.images), room, own_seed, stop))
+
+    def _goes_on(self, episode: _Episode, sample: Sample) -> bool:
+        """Take in what was sampled; True when a stop text came where no turn ends, and there is room to go on."""
+        episode.sampled(sample)
+        if not self._stopped_early(episode, sample):
+            return False
+        return min(self._unsampled(episode), self._room(episode)) > 0
+
+    def _stopped_early(self, episode: _Episode, sample: Sample) -> bool:
+        if not sample.finished or not episode.environment.stop_texts or sample.token_ids[-1] in self.stop_ids:
+            return False
+        return episode.environment.goes_on(self.encoder.decode(episode.spoken, self.stop_ids))
 
     def _advance(self, episode: _Episode, sample: Sample) -> Done | None:
         """Hand a sampled turn to the environment; None when the episode goes on."""
-        text = self.encoder.decode(sample.token_ids, self.stop_ids)
-        episode.sampled(sample, text)
-        episode.messages.append(message("assistant", text))
-        outcome: Observation | Done = episode.environment.step(text, truncated=not sample.finished)
+        finished = sample.finished and not self._stopped_early(episode, sample)
+        text = self.encoder.decode(episode.spoken, self.stop_ids)
+        episode.end_turn(text, finished)
+        outcome: Observation | Done = episode.environment.step(text, truncated=not finished)
         episode.blame(outcome.faults)
         episode.attempted = episode.attempted or outcome.called
         if isinstance(outcome, Done):
@@ -246,6 +269,7 @@ class RolloutRunner:
         episode.told(reply)
         episode.messages += outcome.messages
         episode.asked = episode.asked or outcome.granted
+        episode.regions += outcome.regions
         return None
 
     @staticmethod
@@ -266,6 +290,7 @@ class RolloutRunner:
             attempted=episode.attempted,
             detail=done.detail,
             visual_tokens=episode.visual_tokens,
+            regions=episode.regions,
         )
 
 

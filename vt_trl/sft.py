@@ -118,7 +118,7 @@ def make_sft_trainer(run: RunArguments, args: VTSFTConfig, **trainer_arguments: 
     tokenizer = processor.tokenizer
     encoder = ChatEncoder(tokenizer, family, ImageFeatures(processor.image_processor))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    environment = make_environment(args.environment, args.environment_args)
+    environment = make_environment(args.environment, args.environment_args, family.sight(processor.image_processor))
     sizes = ChatEncoder(tokenizer, family, ImageSizes(processor.image_processor))
 
     def checked(source: str, split: str | None, limit: int | None) -> Dataset:

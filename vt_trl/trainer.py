@@ -151,7 +151,8 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
         backend: Backend | None,
     ) -> None:
         self.features = ImageFeatures(self.processing_class.image_processor)
-        environment = environment or make_environment(args.environment, args.environment_args)
+        sight = self.family.sight(self.processing_class.image_processor)
+        environment = environment or make_environment(args.environment, args.environment_args, sight)
         self.use_vllm = use_vllm = args.use_vllm
         self._warn_of_shrunk_pictures(environment().max_image_pixels)
         self.runner = RolloutRunner(

@@ -6,11 +6,13 @@ Nothing here knows a model, a trainer or a backend.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from PIL import Image
+
+INSERTED = "inserted"  # role of what is put into the assistant's own turn, which then goes on
 
 
 class RolloutStatus(StrEnum):
@@ -43,6 +45,15 @@ class Fault(StrEnum):
     BROKEN_TAGS = "broken_tags"  # opened and not closed, closed and not opened, or out of order
     STRAY_TEXT = "stray_text"  # text outside the blocks
     TRUNCATED = "truncated"
+    SEVERAL_BOXES = "several_boxes"
+    BOX_NO_NUMBERS = "box_no_numbers"  # not four numbers: texts, fewer, more, none
+    BOX_NOT_FINITE = "box_not_finite"  # NaN or infinite
+    BOX_REVERSED = "box_reversed"  # x2 < x1 or y2 < y1
+    BOX_EMPTY = "box_empty"  # x1 = x2 or y1 = y2
+    BOX_OUTSIDE = "box_outside"  # beyond the picture by more than the tolerance
+    BOX_TINY = "box_tiny"  # too small or too thin to be shown
+    NO_SUCH_IMAGE = "no_such_image"
+    OVER_BUDGET = "over_budget"  # its picture would take more visual tokens than are left
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class Message:
-    """One chat message: ``role`` is ``system``, ``user`` or ``assistant``."""
+    """One chat message: ``role`` is ``system``, ``user``, ``assistant``, or :data:`INSERTED`."""
 
     role: str
     parts: tuple[TextPart | ImagePart, ...]
@@ -81,16 +92,26 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Region:
+    """A part of the row's ``picture``-th picture, from 0: ``(x1, y1, x2, y2)`` in pixels of the upright original."""
+
+    picture: int
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
 class Observation:
     """What the environment shows next.
 
     ``faults`` belong to the reply that led here; ``called``: it tried to call a tool; ``granted``: the call was run.
+    ``regions``: the parts of pictures that a granted call shows.
     """
 
     messages: tuple[Message, ...]
     faults: tuple[Fault, ...] = ()
     called: bool = False
     granted: bool = False
+    regions: tuple[Region, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,6 +168,7 @@ class Rollout:
     attempted: bool = False  # a tool call was tried, granted or not
     detail: str = ""
     visual_tokens: int = 0  # image tokens in prompt and completion together
+    regions: list[Region] = field(default_factory=list)  # parts that were cropped and shown, in order
 
     @property
     def well_formed(self) -> bool:

@@ -7,13 +7,29 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vt_trl.boxes import Sight
 from vt_trl.envs.base import Environment
+from vt_trl.envs.look import LookEnv, ZoomEnv
 from vt_trl.envs.resize import DirectEnv, ResizeEnv
 from vt_trl.errors import ConfigError, did_you_mean
 
-ENVIRONMENTS: dict[str, type[Environment]] = {"resize": ResizeEnv, "direct": DirectEnv}
+ENVIRONMENTS: dict[str, type[Environment]] = {
+    "resize": ResizeEnv,
+    "direct": DirectEnv,
+    "zoom": ZoomEnv,
+    "look": LookEnv,
+}
 
-__all__ = ["ENVIRONMENTS", "DirectEnv", "Environment", "ResizeEnv", "import_object", "make_environment"]
+__all__ = [
+    "ENVIRONMENTS",
+    "DirectEnv",
+    "Environment",
+    "LookEnv",
+    "ResizeEnv",
+    "ZoomEnv",
+    "import_object",
+    "make_environment",
+]
 
 
 def import_object(path: str, what: str) -> Any:
@@ -28,8 +44,13 @@ def import_object(path: str, what: str) -> Any:
         ) from error
 
 
-def make_environment(name: str, settings: Mapping[str, Any] | None = None) -> Callable[[], Environment]:
-    """A factory for the environment called ``name``, built once here so that wrong settings fail at start."""
+def make_environment(
+    name: str, settings: Mapping[str, Any] | None = None, sight: Sight | None = None
+) -> Callable[[], Environment]:
+    """A factory for the environment called ``name``, built once here so that wrong settings fail at start.
+
+    ``sight``: how the model sees pictures, for environments that have to know (``Environment.sighted``).
+    """
     if ":" in name:
         cls = import_object(name, "environment")
     elif name in ENVIRONMENTS:
@@ -42,7 +63,7 @@ def make_environment(name: str, settings: Mapping[str, Any] | None = None) -> Ca
         )
     if not (inspect.isclass(cls) and issubclass(cls, Environment)):
         raise ConfigError(f"environment {name!r} is not a subclass of vt_trl.envs.Environment.")
-    settings = dict(settings or {})
+    settings = dict(settings or {}) | ({"sight": sight} if sight is not None and cls.sighted else {})
     try:
         cls(**settings)
     except TypeError as error:

@@ -33,6 +33,8 @@ class Environment(ABC):
 
     max_turns: int = 1
     max_image_pixels: int | None = None  # of the largest picture it shows; None: what the image processor allows
+    stop_texts: tuple[str, ...] = ()  # texts at which a turn may end, besides the family's stop token
+    sighted: bool = False  # it is built with ``sight``, how the model sees pictures (:class:`vt_trl.boxes.Sight`)
     any_pictures: bool = False  # it also plays rows whose ``images`` are several or none (:func:`pictures_of`)
 
     @abstractmethod
@@ -42,6 +44,15 @@ class Environment(ABC):
     @abstractmethod
     def step(self, reply: str, truncated: bool = False) -> Observation | Done:
         """Answer a reply (text without the stop token). ``truncated``: the token limit cut it."""
+
+    def goes_on(self, text: str) -> bool:
+        """Whether a turn that has just written one of ``stop_texts`` is not over yet. ``text``: the turn so far."""
+        return False
+
+    @property
+    def max_images(self) -> int:
+        """The most pictures in one context, those of the opening included."""
+        return self.max_turns
 
     def fork(self) -> Environment:
         """An independent copy right after ``reset``. Override when ``step`` changes a field in place."""

@@ -6,20 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from vt_trl.envs.base import Environment, pictures_of, system, user
-from vt_trl.envs.reply import Reply, ToolCall, parse_reply
+from vt_trl.envs.reply import ToolCall, parse_reply
+from vt_trl.envs.turns import TurnsEnv, end_of
 from vt_trl.errors import ConfigError
 from vt_trl.images import ResolutionRule, Views
 from vt_trl.prompts import DIRECT_PROMPTS, Prompts
 from vt_trl.types import Done, Fault, Observation, RolloutStatus
 
 
-def _end(parsed: Reply) -> Done:
-    """The end of an episode whose last reply did not call a tool."""
-    status = RolloutStatus.NO_ANSWER if parsed.answer is None else RolloutStatus.ANSWERED
-    return Done(status, answer=parsed.answer, faults=parsed.faults)
-
-
-class ResizeEnv(Environment):
+class ResizeEnv(TurnsEnv):
     """Two turns: the picture at half of each side, then either an answer or a call for the full picture.
 
     A call that cannot be run is explained to the policy, which then has its second turn without the picture. Settings:
@@ -54,37 +49,18 @@ class ResizeEnv(Environment):
         """Of the first picture, mostly the only one."""
         return self.all_views[0]
 
-    def step(self, reply: str, truncated: bool = False) -> Observation | Done:
-        self.turn += 1
-        if truncated:
-            return Done(RolloutStatus.TRUNCATED, faults=(Fault.TRUNCATED,))
-        parsed = parse_reply(reply)
-        if parsed.wants_call:
-            return self._call(parsed)
-        return _end(parsed)
+    def resolve(self, call: ToolCall) -> tuple[bool | None, tuple[Fault, ...]]:
+        if call.name != self.tool_name:
+            return None, (Fault.WRONG_TOOL,)
+        if call.arguments != self.tool_arguments:
+            return None, (Fault.WRONG_ARGUMENTS,)
+        return True, (Fault.CALL_AFTER_IMAGE,) if self.shown else ()  # after it there is no turn left to use it
 
-    def _call(self, parsed: Reply) -> Observation | Done:
-        faults = parsed.faults + self._call_faults(parsed.call)
-        last = self.turn >= self.max_turns
-        if parsed.call is None or Fault.WRONG_TOOL in faults or Fault.WRONG_ARGUMENTS in faults:
-            if last:
-                return Done(RolloutStatus.MALFORMED_CALL, faults=faults, called=True)
-            return Observation((user(self.prompts.refusal(faults)),), faults, called=True)
-        if self.shown:
-            return Done(RolloutStatus.TURN_LIMIT, faults=(*faults, Fault.CALL_AFTER_IMAGE), called=True)
-        if last:
-            return Done(RolloutStatus.TURN_LIMIT, faults=faults, called=True)
+    def grant(self, wanted: bool, faults: tuple[Fault, ...]) -> Observation:
         self.shown = True
         images = [self.tool_image(), *(views.full for views in self.all_views[1:])]
         shown = user(self.prompts.before_image, *images, self.prompts.after_image)
         return Observation((shown,), faults, called=True, granted=True)
-
-    def _call_faults(self, call: ToolCall | None) -> tuple[Fault, ...]:
-        if call is None:
-            return ()
-        if call.name != self.tool_name:
-            return (Fault.WRONG_TOOL,)
-        return () if call.arguments == self.tool_arguments else (Fault.WRONG_ARGUMENTS,)
 
     def tool_image(self):
         """The picture a granted call shows; of several the first."""
@@ -126,7 +102,7 @@ class DirectEnv(Environment):
         if parsed.wants_call:
             status = RolloutStatus.TURN_LIMIT if parsed.call else RolloutStatus.MALFORMED_CALL
             return Done(status, faults=parsed.faults, called=True)
-        return _end(parsed)
+        return end_of(parsed)
 
     def gold_replies(self, row: Mapping[str, Any]) -> list[list[str]]:
         return [[f"<think>It is legible.</think><answer>{row['answer'][0]}</answer>"]]

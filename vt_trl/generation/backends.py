@@ -23,6 +23,7 @@ def hf_backend(trainer: VTGRPOTrainer) -> HFBackend:
         banned_ids=trainer.banned_ids,
         image_token_id=trainer.image_token_id,
         max_batch=trainer.args.generation_chunk,
+        tokenizer=trainer._tokenizer,
     )
 
 
@@ -57,7 +58,7 @@ def vllm_backend(trainer: VTGRPOTrainer, example: Environment) -> Backend:
 
     trainer.vllm_generation = ColocatedEngine(
         **model,
-        max_images=example.max_turns,
+        max_images=example.max_images,
         max_image_tokens=largest_image_tokens(trainer.processing_class, example.max_image_pixels),
         tensor_parallel_size=args.vllm_tensor_parallel_size,
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,

@@ -33,7 +33,8 @@ class SamplingSettings:
 class Request:
     """One turn to sample: the whole context so far and its pictures in the order of their placeholder runs.
 
-    ``token_ids`` (L,) holds one placeholder token per visual token, already expanded.
+    ``token_ids`` (L,) holds one placeholder token per visual token, already expanded. ``stop``: texts that end
+    sampling as soon as one is written, on top of the stop tokens; the token that completes it is kept whole.
     """
 
     request_id: int
@@ -41,11 +42,15 @@ class Request:
     images: tuple[Image.Image, ...]
     max_new_tokens: int
     seed: int | None = None  # of the draws of this turn; None: the backend's own random state
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sampled turn. ``token_ids`` (T,) as sampled, with the stop token; ``logprobs`` (T,) of that distribution."""
+    """A sampled turn. ``token_ids`` (T,) as sampled, with the stop token; ``logprobs`` (T,) of that distribution.
+
+    Where a stop text ended it, the last token is the one that completed the text.
+    """
 
     request_id: int
     token_ids: tuple[int, ...]

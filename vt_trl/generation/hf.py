@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from vt_trl.errors import ConfigError
 from vt_trl.features import ImageFeatures
@@ -69,6 +69,25 @@ class _DrawByRow(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
 
+class _StopAtText(StoppingCriteria):
+    """Ends each row at its own stop texts (ASCII). Only the newest tokens are decoded, one per letter at most."""
+
+    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[Sequence[str]], prompt_length: int):
+        self.decode, self.stops, self.prompt_length = decode, stops, prompt_length
+        self.reach = [max(map(len, texts), default=0) for texts in stops]
+        self.ends: list[int | None] = [None] * len(stops)  # tokens up to the stop text, per row
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        drawn = input_ids[:, self.prompt_length :]
+        for row, texts in enumerate(self.stops):
+            if texts and self.ends[row] is None:
+                newest = self.decode(drawn[row, -self.reach[row] :].tolist())
+                if any(text in newest for text in texts):
+                    self.ends[row] = drawn.shape[1]
+        ended = [end is not None for end in self.ends]
+        return torch.tensor(ended, device=input_ids.device)
+
+
 @contextmanager
 def _own_generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Keep the checkpoint's own generation settings out.
@@ -96,6 +115,7 @@ class HFBackend:
         features: preprocessed pictures, shared with the packer.
         pad_id, stop_ids, banned_ids, image_token_id: token ids.
         max_batch: sequences per ``generate`` call; bounds memory.
+        tokenizer: finds stop texts; not needed where no request has any.
     """
 
     def __init__(
@@ -108,7 +128,9 @@ class HFBackend:
         banned_ids: Sequence[int],
         image_token_id: int,
         max_batch: int = 64,
+        tokenizer: Any = None,
     ):
+        self.tokenizer = tokenizer
         self.model_context = model_context
         self.features = features
         self.pad_id = pad_id
@@ -137,6 +159,9 @@ class HFBackend:
         self._model = self._open.enter_context(self.model_context())
 
     def submit(self, request: Request) -> None:
+        """Raises ValueError for stop texts without a tokenizer to find them with."""
+        if request.stop and self.tokenizer is None:
+            raise ValueError(f"request {request.request_id} has stop texts, and the backend was given no tokenizer.")
         self._pending.append(request)
 
     def end(self) -> None:
@@ -161,6 +186,7 @@ class HFBackend:
         seeds = self._seeds(requests)
         if seeds:
             processors.append(_DrawByRow(seeds, self._settings.temperature))
+        stop = _StopAtText(self._decode, [request.stop for request in requests], inputs["input_ids"].shape[1])
         config = self._generation_config(max(request.max_new_tokens for request in requests), drawn=bool(seeds))
         with _own_generation_config(model, config):
             # The class's method: FSDP2 wraps the instance's so that weights are given up after each call. Not synced:
@@ -170,15 +196,19 @@ class HFBackend:
                 **inputs,
                 generation_config=config,
                 logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList([stop] if any(stop.stops) else []),
                 synced_gpus=False,
             )
         recorder.gather(output)
         drawn = output[:, inputs["input_ids"].shape[1] :]  # (B, T)
         logprobs = torch.stack(recorder.steps, dim=1)  # (B, T)
         return [
-            self._sample(request, ids, logps)
-            for request, ids, logps in zip(requests, drawn.tolist(), logprobs.tolist(), strict=True)
+            self._sample(request, ids, logps, end)
+            for request, ids, logps, end in zip(requests, drawn.tolist(), logprobs.tolist(), stop.ends, strict=True)
         ]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def _seeds(self, requests: list[Request]) -> list[int]:
         """The seed of each row; empty where nothing is drawn or one random state serves all."""
@@ -189,10 +219,10 @@ class HFBackend:
             raise ValueError("Some requests of a batch have a seed and some have none; give one to all or to none.")
         return seeds
 
-    def _sample(self, request: Request, ids: list[int], logprobs: list[float]) -> Sample:
-        """Cut a row of the batch at its stop token, or at its own token limit."""
+    def _sample(self, request: Request, ids: list[int], logprobs: list[float], text_end: int | None) -> Sample:
+        """Cut a row of the batch at its stop token or stop text (tokens up to it), or at its own token limit."""
         stops = (index for index, token in enumerate(ids) if token in self.stop_ids)
-        end = next(stops, len(ids)) + 1
+        end = min(next(stops, len(ids)) + 1, len(ids) + 1 if text_end is None else text_end)
         kept = min(end, request.max_new_tokens)
         finished = end <= min(len(ids), request.max_new_tokens)
         return Sample(request.request_id, tuple(ids[:kept]), tuple(logprobs[:kept]), finished)

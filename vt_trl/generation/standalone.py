@@ -82,8 +82,8 @@ def open_runner(checkpoint: Checkpoint, environment: Callable[[], Environment], 
     image_tokens = largest_image_tokens(parts.processor, example.max_image_pixels)
     if checkpoint.uses_vllm and not limits.context:
         # 4096 for the texts
-        limits = replace(limits, context=image_tokens * example.max_turns + limits.completion + 4096)
-    backend = open_backend(checkpoint, parts, limits.context, example.max_turns, image_tokens)
+        limits = replace(limits, context=image_tokens * example.max_images + limits.completion + 4096)
+    backend = open_backend(checkpoint, parts, limits.context, example.max_images, image_tokens)
     return parts.runner(backend, environment, limits)
 
 
@@ -155,6 +155,7 @@ def _hf_backend(model: Any, parts: Parts, max_batch: int) -> HFBackend:
         banned_ids=parts.banned_ids,
         image_token_id=parts.image_token_id,
         max_batch=max_batch,
+        tokenizer=parts.tokenizer,
     )
 
 

@@ -54,7 +54,9 @@ def sampling_fields(
         "stop_token_ids": list(stop_ids),
         "ignore_eos": True,  # or the checkpoint's generation_config.json would stop turns as well
         "logit_bias": dict.fromkeys(banned_ids, BAN) or None,
-        "detokenize": False,
+        "stop": list(request.stop) or None,
+        "include_stop_str_in_output": bool(request.stop),
+        "detokenize": bool(request.stop),  # only to find stop texts: the tokens are what we take
         "skip_special_tokens": False,
     }
 

@@ -51,7 +51,9 @@ class GuestRunner(RolloutRunner):
             self._admit(arrivals(), under_way, numbers, settings.seed)
             for sample in self.backend.completed():
                 guest, episode = under_way[sample.request_id]
-                if guest.given_up or self._play_on(sample, guest, episode, settings.seed):
+                if not guest.given_up and self._goes_on(episode, sample):
+                    self._submit(sample.request_id, episode, settings.seed)
+                elif guest.given_up or self._play_on(sample, guest, episode, settings.seed):
                     del under_way[sample.request_id]
                     self.encoder.features.forget(episode.images)
                 self._admit(arrivals(), under_way, numbers, settings.seed)
