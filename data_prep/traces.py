@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from data_prep.shards import UnitWriter
     from data_prep.writers import Writer
+    from vt_trl.boxes import Sight
     from vt_trl.judges import JudgeReward
     from vt_trl.judges.base import Judgement
     from vt_trl.types import Rollout
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
     if options.attempts < 1 or options.unit_rows < 1:
         raise ConfigError("--attempts and --unit-rows count from 1.")
     environment_args = json_option(options.environment_args, "--environment-args")
-    plain = make_environment(options.environment, environment_args)
+    plain = make_environment(options.environment, environment_args, _sight(options))
     judge = make_judge(options.judge, json_option(options.judge_args, "--judge-args"))
     dataset = load_rows(options.dataset, options.split, options.max_rows)
     writer = make_writer(options, plain)
@@ -121,6 +122,13 @@ def run(options: argparse.Namespace) -> None:
         reward.close()
         writer.close()
     _say(totals(manifest), len(dataset))
+
+
+def _sight(options: argparse.Namespace) -> Sight | None:
+    """How a local writer sees pictures; of one behind an endpoint it is what ``boxes`` in its settings says."""
+    from vt_trl.generation.standalone import Checkpoint, open_parts
+
+    return None if options.writer == "openai" else open_parts(Checkpoint(options.model)).sight
 
 
 def make_writer(options: argparse.Namespace, plain: Any) -> Writer:

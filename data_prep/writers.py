@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from vt_trl.dialogue import Dialogue, chat_messages
+from vt_trl.dialogue import Dialogue, chat_messages, refuse_inline
 from vt_trl.envs import Environment
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.generation.base import SamplingSettings
@@ -34,6 +34,14 @@ class Steered(Environment):
     def __init__(self, inner: Environment):
         self.inner = inner
         self.max_turns, self.max_image_pixels = inner.max_turns, inner.max_image_pixels
+        self.stop_texts, self.any_pictures = inner.stop_texts, inner.any_pictures
+
+    @property
+    def max_images(self) -> int:
+        return self.inner.max_images
+
+    def goes_on(self, text: str) -> bool:
+        return self.inner.goes_on(text)
 
     def reset(self, row: Mapping[str, Any]) -> Observation:
         first = self.inner.reset(row)
@@ -84,6 +92,7 @@ class EndpointWriter:
             self.endpoint = Endpoint(user="the writer is openai", **settings)
         except TypeError as error:
             raise ConfigError(f"--endpoint-args do not fit: {error}.") from error
+        refuse_inline(environment())
         self.model, self.environment, self.temperature = model, environment, temperature
         self.max_turn_tokens, self.request_args = max_turn_tokens, dict(request_args or {})
         self.endpoint.open()

@@ -251,18 +251,20 @@ def test_a_megabyte_of_braces_is_no_work(unit):
 
 
 JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda s: st.lists(s) | st.dictionaries(st.text(), s)
-)  # fmt: skip
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
 NUMBERS = st.floats(-0.02, 1.02)
+SCALES = st.sampled_from([1.5, 2, 4, 9, "full", 0.5])
 
 
 @settings(max_examples=60)
 @given(
     st.sampled_from([SEVEN, EIGHT, Sight("unit")]),
     st.tuples(st.integers(20, 700), st.integers(20, 700)),
-    st.lists(st.tuples(st.tuples(*[NUMBERS] * 4), st.integers(-1, 9), st.sampled_from([1.5, 2, 4, 9, "full", 0.5]), JUNK)),
+    st.lists(st.tuples(st.tuples(*[NUMBERS] * 4), st.integers(-1, 9), SCALES, JUNK)),
     st.integers(80, 900),
-)  # fmt: skip
+)
 def test_whatever_is_asked_for_budgets_hold_and_parts_lie_inside(sight, size, wishes, budget):
     budget = max(budget, 2 * -(-sight.min_pixels // sight.factor**2))
     env = LookEnv(sight=sight, turns=6, max_visual_tokens=budget, crop_tokens=[4, 300], start_scale=1.5)

@@ -5,7 +5,9 @@ Worst difference of a log-probability seen: 9.5e-07 in both families, in fp32 on
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -14,6 +16,7 @@ from conftest import FAMILY_NAMES, make_rows, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from vt_trl.chat import ChatEncoder
+from vt_trl.envs import ZoomEnv
 from vt_trl.envs.base import Environment, system, user
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
@@ -53,6 +56,7 @@ class World:
         self.settings = self.model.generation_config
         processor = AutoProcessor.from_pretrained(folder)
         tokenizer, family = processor.tokenizer, family_of(self.model.config)
+        self.family = family
         self.features = ImageFeatures(processor.image_processor)
         self.encoder = ChatEncoder(tokenizer, family, self.features)
         self.pad, self.stops = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
@@ -250,3 +254,57 @@ def test_nothing_of_an_interrupted_phase_is_left(world):
     backend.submit(world.request())
     backend.end()
     assert list(backend.completed()) == []
+
+
+def test_a_stop_text_ends_a_sample_at_the_token_that_completes_it(world):
+    greedy, decode = SamplingSettings(temperature=0.0), world.encoder.tokenizer.decode
+    requests = [world.request(index, text=text) for index, text in enumerate(("?", "Which of them, and why?"))]
+    whole = world.sample(requests, greedy, stop_ids=[world.pad])
+    for number, letters in ((0, 2), (1, 1)):
+        ids = whole[number].token_ids
+        stop = decode(ids[1 : 1 + letters])  # a text of one or two tokens, where it first occurs
+        end = next(end for end in range(1, len(ids) + 1) if stop in decode(ids[:end]))
+        stopped = [replace(request, stop=(stop, "no such text")) for request in requests[number : number + 1]]
+        others = [request for request in requests if request is not requests[number]]
+        samples = world.sample([*stopped, *others], greedy, stop_ids=[world.pad], tokenizer=world.encoder.tokenizer)
+        assert samples[number].token_ids == ids[:end] and samples[number].finished and end < len(ids)
+        assert samples[1 - number] == whole[1 - number]  # a neighbour without it goes on
+        assert samples[number].logprobs == pytest.approx(whole[number].logprobs[:end], abs=1e-5)
+
+
+def test_stop_texts_need_a_tokenizer(world):
+    with pytest.raises(ValueError, match="no tokenizer"):
+        world.sample([replace(world.request(), stop=("}",))])
+
+
+@PER_FAMILY
+def test_an_episode_with_pictures_inside_its_turn_is_trained_on_as_it_was_sampled(world):
+    sight = world.family.sight(world.features.image_processor)
+    row = {**make_rows(1, (112, 112))[0]}
+
+    class Boxes(ZoomEnv):
+        """A random model writes no boxes: two letters that it writes often end a turn, and a box stands for them."""
+
+        def __init__(self):
+            super().__init__(sight=sight, shape="inline", turns=4)
+            self.stop_texts = ("e", "a")
+
+        def goes_on(self, text):
+            return len(text) < 3
+
+        def step(self, reply, truncated=False):
+            sides = sight.sides(self.album.views[0].size)
+            box = {"bbox_2d": [0, 0, sides[0] / 2, sides[1] / 2]}
+            return (
+                super().step(f"<think>{json.dumps(box)}", truncated)
+                if self.turn < 3
+                else Done(RolloutStatus.ANSWERED, reply)
+            )
+
+    backend = world.backend(tokenizer=world.encoder.tokenizer, stop_ids=[world.pad])
+    runner = RolloutRunner(Boxes, backend, world.encoder, [world.pad], Limits(200, 3000))
+    rollouts = runner.run([row], 3, SamplingSettings())
+    assert all(len(rollout.turns) == 4 and len(rollout.images) == 4 for rollout in rollouts)
+    assert world.worst(rollouts) < TOLERANCE
+    start = world.encoder.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert not any(start in rollout.completion_ids for rollout in rollouts)  # it is one assistant turn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -13,7 +13,7 @@ from vt_trl.envs.base import user
 from vt_trl.errors import DataError
 from vt_trl.generation.base import Request, Sample, SamplingSettings, ScriptedBackend
 from vt_trl.rollout import Limits, RolloutRunner
-from vt_trl.types import Done, Fault, ImagePart, Observation, RolloutStatus
+from vt_trl.types import Done, Fault, ImagePart, Observation, Region, RolloutStatus
 
 PIC, STOP, ASK = 90, 99, 7
 S = RolloutStatus
@@ -234,3 +234,52 @@ def test_the_backend_is_put_to_rest_when_something_raises():
     with pytest.raises(ZeroDivisionError):
         run(None, backend=backend)
     assert backend.log[-1] == "end"
+
+
+class Stops(Looks):
+    """55 may end a turn: after a 7 it does, and the picture goes into the turn; elsewhere the turn goes on."""
+
+    stop_texts = ("55",)
+
+    def goes_on(self, text):
+        return not text.endswith("7 55")
+
+    def step(self, reply, truncated=False):
+        outcome = super().step(f"7 {reply}" if reply.endswith("7 55") else reply, truncated)
+        return outcome if isinstance(outcome, Done) else replace(outcome, regions=(Region(0, (1, 2, 3, 4)),))
+
+
+def test_a_turn_that_stops_at_a_text_goes_on_until_the_environment_says_it_is_over():
+    """
+    ::
+        prompt  90 90 1 2 | turn 1 55 | same turn 7 55 | told 4 90 90 90 5 | turn 8 99
+        loss                     1  1            1  1         0  0  0  0 0        1  1
+    """
+    requests = []
+    samples = iter([say(1, 55), say(ASK, 55), say(8, STOP)])
+
+    def script(request):
+        requests.append(request)
+        return next(samples)(request)
+
+    runner = RolloutRunner(Stops, ScriptedBackend(script), FakeEncoder(), [STOP], Limits(turn=10, completion=12))
+    (rollout,) = runner.run([{"id": "r1", "image": 2, "question": "1 2"}], 1, SamplingSettings(seed=3))
+    assert rollout.completion_ids == [1, 55, 7, 55, 4, 90, 90, 90, 5, 8, 99]
+    assert rollout.loss_mask == [1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1]
+    assert rollout.logprobs == [-1, -55, -7, -55, 0, 0, 0, 0, 0, -8, -99]
+    assert [(turn.text, turn.token_ids, turn.logprobs) for turn in rollout.turns] == [
+        ("1 55 7 55", (1, 55, 7, 55), (-1, -55, -7, -55)),
+        ("8", (8, 99), (-8, -99)),
+    ]
+    assert [request.max_new_tokens for request in requests] == [10, 8, 3]  # of the turn, then of the completion
+    assert [request.stop for request in requests] == [("55",)] * 3
+    assert requests[1].token_ids == (90, 90, 1, 2, 1, 55) and len({request.seed for request in requests}) == 3
+    assert (rollout.status, rollout.regions) == (S.ANSWERED, [Region(0, (1, 2, 3, 4))])
+
+
+def test_a_turn_that_would_go_on_without_room_is_truncated():
+    for limits in (Limits(turn=2, completion=50), Limits(turn=9, completion=2), Limits(9, 50, sampled=2)):
+        runner = RolloutRunner(Stops, ScriptedBackend(say(1, 55)), FakeEncoder(), [STOP], limits)
+        (rollout,) = runner.run([{"id": "r1", "image": 2, "question": "1"}], 1, SamplingSettings())
+        assert (rollout.status, rollout.completion_ids) == (S.TRUNCATED, [1, 55])
+        assert not rollout.turns[0].finished and rollout.faults == [Fault.TRUNCATED]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,6 +132,20 @@ def test_the_stop_token_is_returned_and_the_limit_is_told_apart(world):
     assert len(cut.token_ids) == 6 and not cut.finished
     ((_, stopped),) = world.run([request], greedy, backend=world.new_backend(eos=[cut.token_ids[0]]))
     assert stopped.token_ids == cut.token_ids[:1] and stopped.finished
+
+
+def test_a_stop_text_ends_a_turn_at_the_token_that_completes_it(world):
+    greedy, decode = SamplingSettings(temperature=0.0), world.tokenizer.decode
+    whole = Request(0, world.prompt(world.small), (world.small,), 16)
+    ((_, all_of_it),) = world.run([whole], greedy)
+    ids = all_of_it.token_ids
+    stop = decode(ids[3:5])
+    end = next(end for end in range(1, len(ids) + 1) if stop in decode(ids[:end]))
+    requests = [replace(whole, request_id=1, stop=("no such text", stop)), replace(whole, request_id=2)]
+    found = {sample.request_id: sample for _, sample in world.run(requests, greedy)}
+    assert (found[1].token_ids, found[1].finished) == (ids[:end], True) and end < len(ids)
+    assert found[1].logprobs == pytest.approx(all_of_it.logprobs[:end], abs=1e-5)
+    assert found[2].token_ids == ids  # a neighbour without it goes on
 
 
 def test_a_second_turn_ends_before_the_last_first_turn(world):

@@ -43,7 +43,8 @@ class VTGRPOConfig(SpeedSettings, GRPOConfig):
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["environment_args", "judge_args", "alarm_bands"]
 
     environment: str = field(
-        default="resize", metadata={"help": "Environment: `resize`, `direct`, or `module:Class` of your own."}
+        default="resize",
+        metadata={"help": "Environment: `resize`, `direct`, `zoom`, `look`, or `module:Class` of your own."},
     )
     environment_args: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Settings of the environment, e.g. `{max_pixels: 4194304}`."}

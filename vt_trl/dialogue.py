@@ -139,15 +139,19 @@ def trl_example(dialogue: Dialogue) -> dict[str, Any]:
     return {"messages": messages, "images": list(dialogue.images)}
 
 
+def refuse_inline(environment: Environment) -> None:
+    """Raise ConfigError for an environment whose turns go on behind a picture: no chat endpoint can do that."""
+    if environment.stop_texts:
+        raise ConfigError(
+            "the environment puts pictures into the assistant's own turn, which no chat endpoint can go on with; set "
+            "shape: tool_call in its environment_args."
+        )
+
+
 def chat_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as a chat-completions endpoint takes them. Raises ConfigError for pictures inside a reply."""
+    """Messages as a chat-completions endpoint takes them; see :func:`refuse_inline`."""
     found = []
     for one in messages:
-        if one.role == INSERTED:
-            raise ConfigError(
-                "the environment puts pictures into the assistant's own turn, which no chat endpoint can go on with; "
-                "set shape: tool_call in its environment_args"
-            )
         parts: list[dict[str, Any]] = [
             {"type": "text", "text": part.text}
             if isinstance(part, TextPart)

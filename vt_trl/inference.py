@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import cached_file
 
+from vt_trl.boxes import Sight
 from vt_trl.envs import Environment
 from vt_trl.errors import ConfigError
 from vt_trl.generation.backends import largest_image_tokens
@@ -63,7 +64,7 @@ class PolicyModel:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; use one of {', '.join(DTYPES)}.")
         device = None if device is None else str(device)
-        self.max_images = max_images
+        self.max_images, self._image_pixels = max_images, ResolutionRule().max_pixels
         self.checkpoint = Checkpoint(str(model), revision, backend, dtype, max_batch, device=device)
         self.parts = open_parts(self.checkpoint)
         self.notes = self._read_notes()
@@ -76,6 +77,11 @@ class PolicyModel:
         # Base models have settings for chatting, such as a penalty of 1.05, which no policy was trained with.
         penalty = self.parts.generation_config.repetition_penalty if self.notes.environment else None
         self.sampling = SamplingSettings(temperature=0.0, repetition_penalty=penalty or 1.0)
+
+    @property
+    def sight(self) -> Sight:
+        """How the model sees pictures, for environments that have to know."""
+        return self.parts.sight
 
     @property
     def uses_vllm(self) -> bool:
@@ -100,7 +106,7 @@ class PolicyModel:
     @cached_property
     def backend(self) -> Backend:
         """Loads the weights when first asked for."""
-        image_tokens = largest_image_tokens(self.parts.processor, ResolutionRule().max_pixels)
+        image_tokens = largest_image_tokens(self.parts.processor, self._image_pixels)
         return open_backend(self.checkpoint, self.parts, self.limits.context, self.max_images, image_tokens)
 
     def close(self) -> None:
@@ -114,5 +120,14 @@ class PolicyModel:
         return trained_settings(policy, self.notes.environment) | dict(args or {})
 
     def runner(self, environment: Callable[[], Environment]) -> RolloutRunner:
-        """The rollout loop of training on this model."""
+        """The rollout loop of training on this model. Raises ConfigError when vLLM was started for fewer pictures."""
+        example = environment()
+        pixels = max(self._image_pixels, example.max_image_pixels or 0)
+        if "backend" not in vars(self):
+            self.max_images, self._image_pixels = max(self.max_images, example.max_images), pixels
+        elif self.uses_vllm and (self.max_images < example.max_images or self._image_pixels < pixels):
+            raise ConfigError(
+                f"the environment shows up to {example.max_images} pictures of {pixels} pixels, and vLLM was started "
+                f"for {self.max_images} of {self._image_pixels}; evaluate this policy in a run of its own."
+            )
         return self.parts.runner(self.backend, environment, self.limits)

@@ -123,7 +123,7 @@ class VisionThinkPipeline:
         self.model = PolicyModel(model, backend=backend, device=device, dtype=dtype, **settings)
         chosen = parse_policy(policy) if policy else trained_policy(self.model.notes.environment)
         self.policy = chosen.name
-        environment = chosen.environment(self.model.settings_for(chosen, environment_args))
+        environment = chosen.environment(self.model.settings_for(chosen, environment_args), self.model.sight)
         self.runner = self.model.runner(environment)
 
     def __call__(

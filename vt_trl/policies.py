@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vt_trl.envs import DirectEnv, Environment, ResizeEnv, make_environment
+from vt_trl.boxes import Sight
+from vt_trl.envs import DirectEnv, Environment, LookEnv, ResizeEnv, ZoomEnv, make_environment
 from vt_trl.envs.controls import AlwaysAskEnv, ShareEnv
 from vt_trl.errors import ConfigError, did_you_mean
 from vt_trl.prompts import DIRECT_PROMPTS, Prompts
@@ -14,7 +15,7 @@ from vt_trl.prompts import DIRECT_PROMPTS, Prompts
 
 @dataclass(frozen=True)
 class Policy:
-    """A named way to play. ``kind`` says whose prompts it reads: ``resize``, ``direct`` or ``own``."""
+    """A named way to play. ``kind``: whose prompts it reads (resize, direct, zoom, look, or own)."""
 
     name: str
     kind: str
@@ -25,11 +26,16 @@ class Policy:
     def has_tool(self) -> bool:
         return self.kind != "direct"
 
-    def environment(self, args: Mapping[str, Any] | None = None) -> Callable[[], Environment]:
-        """A factory of its environments, built once here so that wrong settings fail now. Raises ConfigError."""
+    def environment(
+        self, args: Mapping[str, Any] | None = None, sight: Sight | None = None
+    ) -> Callable[[], Environment]:
+        """A factory of its environments, built once here so that wrong settings fail now. Raises ConfigError.
+
+        ``sight``: how the model sees pictures, for environments that have to know.
+        """
         settings = {**(args or {}), **self.settings}
-        if self.kind == "own":
-            return make_environment(self.name, settings)
+        if self.kind in ("own", "zoom", "look"):
+            return make_environment(self.name, settings, sight)
         try:
             self.make(**settings)
         except TypeError as error:
@@ -44,6 +50,8 @@ POLICIES = {
         Policy("always-full", "direct", DirectEnv, {"resolution": "full"}),
         Policy("always-low", "direct", DirectEnv, {"resolution": "low"}),
         Policy("always-ask", "resize", AlwaysAskEnv),
+        Policy("zoom", "zoom", ZoomEnv),
+        Policy("look", "look", LookEnv),
     )
 }
 
@@ -82,6 +90,8 @@ def trained_policy(facts: Mapping[str, Any]) -> Policy:
             f"The model was trained with the environment {facts.get('name')}, which is not part of vt_trl; name it: "
             f"policy `module:{facts.get('name')}`."
         )
+    if kind in POLICIES:
+        return POLICIES[kind]
     return POLICIES["two-turn" if kind == "resize" else f"always-{facts.get('resolution', 'full')}"]
 
 
@@ -90,7 +100,9 @@ def trained_settings(policy: Policy, facts: Mapping[str, Any]) -> dict[str, Any]
 
     A control keeps its own texts: those of a tool would have it call a tool that it does not have.
     """
-    if policy.kind == "own" or "rule" not in facts:
+    if facts.get("kind") == policy.kind and "settings" in facts:
+        return dict(facts["settings"])
+    if policy.kind not in ("resize", "direct") or "rule" not in facts:
         return {}
     settings = dict(facts["rule"])
     if facts.get("kind") == policy.kind:

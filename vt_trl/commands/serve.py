@@ -94,7 +94,7 @@ def make_service(options: argparse.Namespace) -> Service:
     model = PolicyModel(options.model, max_batch=options.max_batch, **model_settings(options))
     policy = parse_policy(options.policy) if options.policy else trained_policy(model.notes.environment)
     arguments = json_option(options.environment_args, "--environment-args")
-    environment = policy.environment(model.settings_for(policy, arguments))
+    environment = policy.environment(model.settings_for(policy, arguments), model.sight)
     if options.upstream:
         at_server = options.upstream_model or options.model
         engine = UpstreamEngine(options.upstream, at_server, environment, model, options.timeout)

@@ -45,7 +45,7 @@ class LookEnv(TurnsEnv):
 
     any_pictures = True
     sighted = True
-    kind = "look"
+    fixed: Mapping[str, Any] = {}  # settings that a subclass does not offer
 
     def __init__(
         self,
@@ -64,6 +64,8 @@ class LookEnv(TurnsEnv):
         tolerance: float = 0.01,
         min_box_side: int = 8,
     ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "sight", "__class__")}
+        self.settings = {name: value for name, value in given.items() if name not in self.fixed}  # JSON, for a card
         sight = sight or Sight()
         self.sight = replace(sight, boxes=boxes) if boxes else sight
         self.rule = ResolutionRule(max_pixels=max_pixels, min_pixels=min_pixels)
@@ -183,16 +185,15 @@ class ZoomEnv(LookEnv):
     """A picture in full, and up to ``turns - 1`` parts of it that the policy asks for (VLM-R3, arXiv 2505.16192)."""
 
     any_pictures = False
-    kind = "zoom"
+    fixed = {"tools": ("zoom",), "pictures": 1, "start_scale": 1.0}
 
     def __init__(
         self, prompts: Mapping[str, str] | None = None, max_pixels: int = 3_211_264, turns: int = 8, **settings: Any
     ):
-        for name in ("tools", "pictures", "start_scale"):
+        for name in self.fixed:
             if name in settings:
                 raise ConfigError(f"{name} is set, which environment `zoom` does not have; set environment: look.")
-        fixed = {"tools": ("zoom",), "pictures": 1, "start_scale": 1.0}
-        super().__init__(prompts, max_pixels=max_pixels, turns=turns, **settings, **fixed)
+        super().__init__(prompts, max_pixels=max_pixels, turns=turns, **settings, **self.fixed)
 
 
 def _check(

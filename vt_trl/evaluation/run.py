@@ -133,7 +133,7 @@ class _Session:
     def run(self, cell: Cell, model: PolicyModel, policy: Policy, rows: Dataset) -> list[Shard]:
         """The shards of a cell, read or made; weights are loaded when the first one has to be made."""
         args = model.settings_for(policy, self.plan.environment_args)
-        environment = policy.environment(args)
+        environment = policy.environment(args, model.sight)
         settings = self._settings(model, policy, args)
         runner: RolloutRunner | None = None
         shards = []

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
+from vt_trl.boxes import Sight
 from vt_trl.chat import ChatEncoder
 from vt_trl.envs import Environment
 from vt_trl.errors import ConfigError
@@ -102,6 +103,10 @@ class Parts:
     @property
     def tokenizer(self) -> Any:
         return self.processor.tokenizer
+
+    @property
+    def sight(self) -> Sight:
+        return self.family.sight(self.processor.image_processor)
 
     @property
     def image_token_id(self) -> int:

@@ -36,7 +36,7 @@ class Player:
         args = environment_args or {}
         args = json_option(args, "environment_args") if isinstance(args, str) else args
         chosen = parse_policy(str(policy), seed) if policy else trained_policy(self.model.notes.environment)
-        environment = chosen.environment(self.model.settings_for(chosen, args))
+        environment = chosen.environment(self.model.settings_for(chosen, args), self.model.sight)
         self.any_pictures = environment().any_pictures
         self.policy, self.max_pictures, self.tally = chosen.name, max_pictures, Tally()
         self._environment = environment

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from vt_trl.dialogue import Dialogue, chat_messages
+from vt_trl.dialogue import Dialogue, chat_messages, refuse_inline
 from vt_trl.envs import Environment
 from vt_trl.errors import ConfigError
 from vt_trl.features import ImageFeatures
@@ -47,6 +47,7 @@ class UpstreamEngine:
             raise ConfigError("--upstream needs the openai package: pip install 'vt-trl[serve]'.") from error
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"--upstream is {url!r}; give a URL such as http://127.0.0.1:8000/v1.")
+        refuse_inline(environment())
         self.openai, self.model, self.environment, self.sampling = openai, model, environment, checkpoint.sampling
         self.processor = checkpoint.parts.processor
         self.turn_tokens = checkpoint.limits.turn
