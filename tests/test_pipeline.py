@@ -19,6 +19,7 @@ from vt_trl.generation.base import ScriptedBackend
 from vt_trl.pipeline import PipelineResult, VisionThinkPipeline
 from vt_trl.rollout import Limits
 from vt_trl.run_notes import RunNotes, environment_facts
+from vt_trl.transcripts import Transcript
 
 ROOT = Path(__file__).resolve().parents[1]
 CALLING = '<think>x</think><tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
@@ -79,6 +80,36 @@ def test_turns_are_streamed_as_they_end(pipe):
         (1, 0),
         (1, 1),
     ]
+
+
+def test_an_episode_is_watched_from_its_opening_on(pipe):
+    opening, middle, end = pipe.watch(image=picture(0), question="Which number is 3?")
+    whole = pipe(image=picture(0), question="Which number is 3?").rollout
+    assert (opening.status, middle.status, end.status) == (None, None, whole.status)
+    assert [len(one.turns) for one in (opening, middle, end)] == [0, 1, 2]
+    assert [[image.size for image in one.images] for one in (opening, middle)] == [[(56, 56)], [(56, 56), (112, 112)]]
+    assert [one.visual_tokens for one in (opening, middle, end)] == [4, 20, 20]
+    assert opening.completion_ids == [] and end.completion_ids[: len(middle.completion_ids)] == middle.completion_ids
+    assert (end.prompt_ids, end.completion_ids) == (whole.prompt_ids, whole.completion_ids)
+    shown = Transcript.of(middle)
+    assert (shown.status, shown.finished, [one.status for one in shown.turns][-2:]) == (
+        "under way",
+        False,
+        ["sampled", "told"],
+    )
+    assert Transcript.of(end).status == "answered" and Transcript.of(end).finished
+    left = pipe.watch(image=picture(0), question="Which number is 3?")
+    next(left), next(left)
+    left.close()
+    assert pipe(image=picture(0), question="Which number is 3?").answer == "seen"
+
+
+@pytest.mark.parametrize("size", [(112, 112), (224, 112), (90, 70), (31, 300)])
+def test_tokens_in_full_are_those_that_always_full_pays(checkpoint, pipe, size):
+    full = VisionThinkPipeline(
+        checkpoint, policy="always-full", **SETTINGS | {"environment_args": {"min_pixels": 3136}}
+    )
+    assert pipe.tokens_in_full(picture(0, size)) == full(image=picture(0, size), question="What?").visual_tokens
 
 
 def test_pictures_come_as_files_bytes_and_objects(pipe, tmp_path):

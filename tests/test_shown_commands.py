@@ -26,7 +26,10 @@ def _own_environment(monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
-_STARTS = ("vt-trl ", "python -m vt_trl", "python -m demos.", "python -m benchmarks.", "accelerate launch ", "make ")
+_STARTS = (
+    *("vt-trl ", "python -m vt_trl", "python -m demos.", "python demos/", "python -m benchmarks."),
+    *("accelerate launch ", "make "),
+)
 _PLACES = {"RECIPE": "recipes/demo.yaml", "RECIPE.yaml": "recipes/demo.yaml", "STEP": "select"}
 
 
@@ -54,6 +57,7 @@ def shown() -> list[tuple[str, str]]:
         "docs/evaluate.md",
         "docs/seeing-a-run.md",
         "docs/serve.md",
+        "demos/space/README.md",
     )
     texts = [(path, path.read_text()) for path in (*(ROOT / name for name in pages), *RECIPES)]
     return sorted({(path.name, line) for path, text in texts for line in commands_of(text, path.suffix == ".yaml")})
@@ -70,6 +74,8 @@ def check_command(line: str) -> None:
             load_config_from_file(str(ROOT / options.config_file))
         assert options.module and options.training_script == "vt_trl", line
         check_arguments(options.training_script_args)
+    elif words[0] == "python" and words[1].endswith(".py"):
+        assert (ROOT / words[1]).is_file() and len(words) == 2, line
     elif words[:3] == ["python", "-m", "vt_trl.tiny"]:
         tiny._parser().parse_args(words[3:])
     elif words[0] == "python" and words[2] != "vt_trl":

@@ -183,6 +183,19 @@ def test_one_component_shows_an_episode_anywhere():
     broken = Transcript((TranscriptTurn("user", "", "prompt", (Picture(0, 0, 5, 5),)),), (b"<svg onload=alert(1)>",))
     assert "was not kept" in render_transcript(broken) and "<img" not in render_transcript(broken)
     assert "prefers-color-scheme: dark" in page_css()
+    own = page_css(".mine")
+    assert own.startswith(".mine {") and ":root" not in own and own.count("{") == own.count("}")
+
+
+def test_what_nobody_measured_is_not_spoken_of():
+    turn = TranscriptTurn("assistant", "hm", "sampled")
+    bare = render_transcript(Transcript((turn,), status="answered", answer="7"))
+    assert "Answer given" in bare and "did not ask" in bare
+    for word in ("Reward", "Advantage", "Correct answer", "judged"):
+        assert word not in bare and (word in render_transcript(member(1)) or word == "judged")
+    assert "not judged" in render_transcript(Transcript((turn,), status="answered", gold=("7",)))
+    started = render_transcript(Transcript((turn,), status="under way"))
+    assert "under way" in started and "Answer given" not in started and "did not ask" not in started
 
 
 def browser(url: str, *options: str) -> str:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from vt_trl.envs.reply import parse_reply
 from vt_trl.errors import ConfigError, DataError
+from vt_trl.features import ImageSizes
 from vt_trl.images import load_image
 from vt_trl.inference import PolicyModel
 from vt_trl.policies import parse_policy, trained_policy
@@ -123,8 +124,8 @@ class VisionThinkPipeline:
         self.model = PolicyModel(model, backend=backend, device=device, dtype=dtype, **settings)
         chosen = parse_policy(policy) if policy else trained_policy(self.model.notes.environment)
         self.policy = chosen.name
-        environment = chosen.environment(self.model.settings_for(chosen, environment_args), self.model.sight)
-        self.runner = self.model.runner(environment)
+        self.environment = chosen.environment(self.model.settings_for(chosen, environment_args), self.model.sight)
+        self.runner = self.model.runner(self.environment)
 
     def __call__(
         self,
@@ -153,6 +154,24 @@ class VisionThinkPipeline:
         found = {turn.index: turn.result for turn in turns if turn.result is not None}
         results = [found[number] for number in range(len(rows))]
         return results[0] if single else results
+
+    @torch.no_grad()
+    def watch(self, *, image: Any, question: str) -> Iterator[Rollout]:
+        """One input as it goes on: what the model is shown first, then the whole dialogue after each turn.
+
+        Only the last rollout has a status. Close the iterator to give the rest up. Raises DataError like a call.
+        """
+        self.model.parts.features.clear()
+        yield from self.runner.watch(_row({"image": image, "question": question}, 0), self.model.sampling)
+
+    def tokens_in_full(self, image: Any) -> int | None:
+        """Visual tokens of the picture in full, what always-full pays for it; None for an environment without a rule.
+
+        Raises DataError for a picture that cannot be read or shown.
+        """
+        rule = getattr(self.environment(), "rule", None)
+        sizes = ImageSizes(self.model.parts.processor.image_processor)
+        return None if rule is None else sizes.visual_tokens(rule.views(load_image(image)).full)
 
     @torch.no_grad()
     def _turns(self, rows: list[dict[str, Any]], batch_size: int) -> Iterator[PipelineTurn]:

@@ -145,6 +145,17 @@ class RolloutRunner:
         """Every turn of one rollout per row as it ends. Close the iterator to give the rest up."""
         return self._steps([self._start(row, 1)[0] for row in rows], settings)
 
+    def watch(self, row: dict[str, Any], settings: SamplingSettings) -> Iterator[Rollout]:
+        """One rollout as it goes on: first its opening, then all of it after each turn; only the last has a status.
+
+        Close the iterator to give the rest up.
+        """
+        [episode] = self._start(row, 1)
+        yield self._record(episode)
+        with closing(self._steps([episode], settings)) as steps:
+            for step in steps:
+                yield step.rollout or self._record(episode)
+
     def _steps(self, episodes: Sequence[_Episode], settings: SamplingSettings) -> Iterator[Step]:
         left = set(range(len(episodes)))
         self.backend.begin(settings)
@@ -164,7 +175,7 @@ class RolloutRunner:
                     yield Step(index, episode.turns[-1], tuple(episode.messages[said:]), None)
                 else:
                     left.remove(index)
-                    yield Step(index, episode.turns[-1], (), self._finish(episode, done))
+                    yield Step(index, episode.turns[-1], (), self._record(episode, done))
         finally:
             self.backend.end()
         if left:
@@ -273,22 +284,23 @@ class RolloutRunner:
         return None
 
     @staticmethod
-    def _finish(episode: _Episode, done: Done) -> Rollout:
+    def _record(episode: _Episode, done: Done | None = None) -> Rollout:
+        """What an episode holds by now; nothing that happens to it later changes the record."""
         return Rollout(
             row=episode.row,
             prompt_ids=list(episode.prompt.token_ids),
-            completion_ids=episode.completion_ids,
-            loss_mask=episode.loss_mask,
-            logprobs=episode.logprobs,
-            images=episode.images,
-            messages=episode.messages,
+            completion_ids=list(episode.completion_ids),
+            loss_mask=list(episode.loss_mask),
+            logprobs=list(episode.logprobs),
+            images=list(episode.images),
+            messages=list(episode.messages),
             prompt_messages=episode.prompt_messages,
-            turns=episode.turns,
-            status=done.status,
-            answer=done.answer,
+            turns=list(episode.turns),
+            status=None if done is None else done.status,
+            answer=None if done is None else done.answer,
             asked=episode.asked,
             attempted=episode.attempted,
-            detail=done.detail,
+            detail="" if done is None else done.detail,
             visual_tokens=episode.visual_tokens,
             regions=episode.regions,
         )

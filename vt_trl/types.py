@@ -146,7 +146,7 @@ class Turn:
 
 @dataclass
 class Rollout:
-    """One finished episode, in tokens and in words.
+    """One episode, in tokens and in words; finished, unless its ``status`` is None (``RolloutRunner.watch``).
 
     ``prompt_ids`` (P,); ``completion_ids``, ``loss_mask`` and ``logprobs`` (C,): the loss mask is 1 exactly on sampled
     tokens; ``logprobs`` is 0.0 where the mask is 0. ``images`` are in the order of their placeholder runs in
@@ -162,7 +162,7 @@ class Rollout:
     messages: list[Message]  # the whole dialogue, prompt included
     prompt_messages: int  # how many of ``messages`` are the prompt
     turns: list[Turn]
-    status: RolloutStatus
+    status: RolloutStatus | None
     answer: str | None = None
     asked: bool = False  # a tool call was granted
     attempted: bool = False  # a tool call was tried, granted or not

@@ -93,5 +93,5 @@ class GuestRunner(RolloutRunner):
         if done is None:
             self._submit(sample.request_id, episode, seed)
             return False
-        guest.tell(self._finish(episode, done))
+        guest.tell(self._record(episode, done))
         return True

@@ -19,6 +19,7 @@ from vt_trl.types import ImagePart, Message, Rollout, Turn
 
 LOSSLESS_PIXELS = 65_536  # smaller pictures are kept as PNG, to the bit; larger ones as JPEG
 _JPEG_QUALITY = 90
+UNDER_WAY = "under way"
 _VERDICTS = {True: "right", False: "wrong", None: "not judged"}
 
 
@@ -66,12 +67,13 @@ class TranscriptTurn:
 
 @dataclass(frozen=True)
 class Transcript:
-    """One finished episode. Every number that was not measured is None; ``images`` are encoded PNG or JPEG files.
+    """One episode. Every number that was not measured is None; ``images`` are encoded PNG or JPEG files.
 
-    ``status`` is a value of :class:`vt_trl.types.RolloutStatus`. ``asked``: a tool call was granted; ``attempted``:
-    one was tried. ``correct`` None: nobody could tell. ``verdict`` and ``verdict_reason``: the judge's. ``rewards``:
-    the parts before they are weighted, ``reward`` their weighted sum less ``penalty``. ``group`` is unique within a
-    step; ``member`` counts from 0 in it. ``extra``: further named texts, such as a reward function's ``log_extra``.
+    ``status`` is a value of :class:`vt_trl.types.RolloutStatus`, or ``under way``. ``asked``: a tool call was granted;
+    ``attempted``: one was tried. ``correct`` None: nobody could tell. ``verdict`` and ``verdict_reason``: the judge's.
+    ``rewards``: the parts before they are weighted, ``reward`` their weighted sum less ``penalty``. ``group`` is
+    unique within a step; ``member`` counts from 0 in it. ``extra``: further named texts, such as a reward function's
+    ``log_extra``.
     """
 
     turns: tuple[TranscriptTurn, ...]
@@ -105,6 +107,10 @@ class Transcript:
         """``right``, ``wrong`` or ``not judged``."""
         return _VERDICTS[self.correct]
 
+    @property
+    def finished(self) -> bool:
+        return self.status != UNDER_WAY
+
     @classmethod
     def of(
         cls,
@@ -127,7 +133,7 @@ class Transcript:
             question=plain(rollout.row.get("question", "")),
             gold=tuple(plain(one) for one in ([gold] if isinstance(gold, str) else gold)),
             answer=None if rollout.answer is None else plain(rollout.answer),
-            status=rollout.status.value,
+            status=UNDER_WAY if rollout.status is None else rollout.status.value,
             asked=rollout.asked,
             attempted=rollout.attempted,
             verdict=extra.pop("verdict", None),

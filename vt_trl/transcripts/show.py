@@ -75,7 +75,11 @@ def render_transcript(transcript: Transcript, source: PictureSource = inline, la
     return Markup(macros.transcript(transcript, source, label))
 
 
-def page_css() -> Markup:
-    """The style of every page, light and dark, for a ``<style>`` element."""
+def page_css(within: str = "") -> Markup:
+    """The style of every page, light and dark, for a ``<style>`` element.
+
+    ``within``: a selector, such as ``.episodes``. The style is then that of such elements alone (nested CSS), which is
+    what an episode in a page of somebody else's needs. A selector is code: take none from data.
+    """
     source, _, _ = environment().loader.get_source(environment(), "transcript.css")
-    return Markup(source)
+    return Markup(f"{within} {{ {source.replace(':root', '&')} }}" if within else source)

@@ -1,0 +1,1 @@
+"""A page for a trained policy; see README.md here."""
