@@ -181,7 +181,7 @@ def refusal(reason: str) -> gr.Error:
 
 def headline(rollout: Rollout) -> str:
     if rollout.status is None:
-        return "It looks closely …" if rollout.asked else "It looks at a quarter of the pixels …"
+        return "It looks again …" if rollout.asked else "It looks …"
     if rollout.answer is None:
         return f"No answer ({rollout.status.value.replace('_', ' ')})"
     return f"Answer: {rollout.answer}"
@@ -220,8 +220,8 @@ def make_page(settings: Settings) -> gr.Blocks:
     examples = [[row["image"], row["question"]] for row in map(episode_row, example_rows(settings))]
     with gr.Blocks(title="vt_trl", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
         gr.Markdown(
-            "# How closely does it need to look?\nThe model first sees the picture at a quarter of its pixels. It "
-            "answers, or asks for all of them."
+            "# How closely does it need to look?\nThe model answers from what it is shown first, or asks to see "
+            "more. Looking costs visual tokens."
         )
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
