@@ -11,7 +11,7 @@ from trl import GRPOConfig
 from vt_trl.alarm import ACTIONS, check_bands
 from vt_trl.envs import make_environment
 from vt_trl.errors import ConfigError, did_you_mean
-from vt_trl.rewards import PENALTIES, make_rewards
+from vt_trl.rewards import PENALTIES, PRESETS, make_rewards
 from vt_trl.speed import SpeedSettings
 
 # Settings of stock TRL that this trainer would ignore; accepting them silently would be a lie.
@@ -29,6 +29,7 @@ _CHOICES = {
     "dynamic_sampling_surplus": ("keep", "drop"),
     "dynamic_sampling_shortfall": ("fewer", "stop"),
     "alarm_action": ACTIONS,
+    "penalty_on": ("call", "visual_tokens"),
 }
 
 
@@ -55,6 +56,10 @@ class VTGRPOConfig(SpeedSettings, GRPOConfig):
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward; default 1.0 for accuracy, 0.5 for format, 1.0 others."}
+    )
+    reward_preset: str | None = field(
+        default=None,
+        metadata={"help": f"Sets rewards and reward_weights as in VLM-R3: {' or '.join(PRESETS)}; see PRESETS."},
     )
     correctness_reward: str = field(
         default="accuracy",
@@ -83,6 +88,10 @@ class VTGRPOConfig(SpeedSettings, GRPOConfig):
     penalty: str = field(
         default="paper",
         metadata={"help": f"Group penalty on asking for the full image: {', '.join(PENALTIES)}."},
+    )
+    penalty_on: str = field(
+        default="call",
+        metadata={"help": "What a request pays for: the call, or its visual_tokens as a share of the group's most."},
     )
     penalty_theta: float = field(default=0.2, metadata={"help": "Threshold theta on the direct share (paper: 0.2)."})
     penalty_amount: float = field(default=0.1, metadata={"help": "Size of the penalty (paper: 0.1)."})
@@ -148,6 +157,7 @@ class VTGRPOConfig(SpeedSettings, GRPOConfig):
             self._check_whole_groups()
             raise
         self._check_unsupported()
+        self._apply_preset()
         self._check_episode()
         self._check_course()
         self.check_speed()
@@ -236,6 +246,26 @@ class VTGRPOConfig(SpeedSettings, GRPOConfig):
                 f"judge is {self.judge!r}, but rewards are {self.rewards}: add accuracy, which it decides."
             )
         make_rewards(self)
+
+    def _apply_preset(self) -> None:
+        if self.reward_preset is None:
+            return
+        if self.reward_preset not in PRESETS:
+            hint = did_you_mean(self.reward_preset, PRESETS)
+            raise ConfigError(f"reward_preset is {self.reward_preset!r}.{hint} Use {' or '.join(PRESETS)}.")
+        preset = PRESETS[self.reward_preset]
+        names, weights = list(preset), list(preset.values())
+        if self.rewards not in (["accuracy", "format"], names) or self.reward_weights not in (None, weights):
+            raise ConfigError(
+                f"reward_preset is {self.reward_preset}, which sets rewards {names} and reward_weights {weights}, and "
+                f"they are set, too. Remove reward_preset, or them."
+            )
+        if self.penalty != "none" and self.penalty_on == "call":
+            raise ConfigError(
+                f"reward_preset is {self.reward_preset}, which pays for crops, and penalty is {self.penalty}, which "
+                f"fines every call. Set penalty: none, or penalty_on: visual_tokens."
+            )
+        self.rewards, self.reward_weights = names, weights
 
     def _check_rewards(self) -> None:
         if self.correctness_reward not in self.rewards:

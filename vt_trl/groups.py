@@ -17,7 +17,7 @@ import torch
 
 from vt_trl.errors import SamplingShortfall
 from vt_trl.metrics import ZERO_STD
-from vt_trl.rewards import group_advantages, group_penalty
+from vt_trl.rewards import group_advantages, group_penalty, keep_when_right
 from vt_trl.types import Rollout
 
 if TYPE_CHECKING:
@@ -68,9 +68,15 @@ def score_groups(trainer: VTGRPOTrainer, rollouts: Sequence[Rollout], group_size
     everyone = trainer._calculate_rewards(inputs, prompts, completions, [r.completion_ids for r in rollouts])
     parts = everyone[trainer.accelerator.process_index * len(rollouts) :][: len(rollouts)].float().cpu()
     correct = parts[:, trainer.correct_column]
+    parts = keep_when_right(parts, trainer.reward_funcs, correct)
     asked = torch.tensor([rollout.asked for rollout in rollouts])
     args = trainer.args
-    penalty = group_penalty(args.penalty, correct > 0.5, asked, group_size, args.penalty_theta, args.penalty_amount)
+    spent = None
+    if args.penalty_on == "visual_tokens":
+        spent = torch.tensor([one.visual_tokens - one.prompt_ids.count(trainer.image_token_id) for one in rollouts])
+    penalty = group_penalty(
+        args.penalty, correct > 0.5, asked, group_size, args.penalty_theta, args.penalty_amount, spent
+    )
     # NaN in any part is a score nobody could give: the sum, and with it the group, stays unknown.
     reward = (parts * trainer.reward_weights.cpu()).sum(dim=1) - penalty
     pieces = zip(*(tensor.split(group_size) for tensor in (parts, correct, penalty, reward)), strict=True)

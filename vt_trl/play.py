@@ -145,6 +145,10 @@ def printable(text: str) -> str:
 def _score(rollout: Rollout, args: VTGRPOConfig) -> dict[str, Any]:
     rewards = dict(zip(args.rewards, make_rewards(args), strict=True))
     parts = {name: _call_reward(reward, rollout) for name, reward in rewards.items()}
+    right = (parts[args.correctness_reward] or 0.0) > 0.5
+    for name, reward in rewards.items():
+        if getattr(reward, "only_when_right", False) and not right:
+            parts[name] = 0.0
     weights = dict(zip(args.rewards, args.reward_weights, strict=True))
     known = None not in parts.values()
     return {

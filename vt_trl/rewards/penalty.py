@@ -62,11 +62,26 @@ PENALTIES: dict[str, PenaltyRule] = {
 
 
 def group_penalty(
-    rule: str, correct: torch.Tensor, asked: torch.Tensor, group_size: int, theta: float = 0.2, amount: float = 0.1
+    rule: str,
+    correct: torch.Tensor,
+    asked: torch.Tensor,
+    group_size: int,
+    theta: float = 0.2,
+    amount: float = 0.1,
+    spent: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Penalties (N,) for N rollouts that lie group by group. ``correct`` and ``asked`` are bool (N,)."""
+    """Penalties (N,) for N rollouts that lie group by group. ``correct`` and ``asked`` are bool (N,).
+
+    ``spent`` (N,): visual tokens shown on request. With it a rollout that asked pays by its share of the most that was
+    spent in its group, so that a small look costs less than a large one; without it every call costs the same.
+    """
     if len(correct) % group_size:
         raise ValueError(f"{len(correct)} rollouts are not whole groups of {group_size}.")
     penalty = PENALTIES[rule]
     groups = zip(correct.view(-1, group_size), asked.view(-1, group_size), strict=True)
-    return torch.cat([penalty(c, a, theta, amount) for c, a in groups])
+    paid = torch.cat([penalty(c, a, theta, amount) for c, a in groups])
+    if spent is None:
+        return paid
+    spent = spent.float().view(-1, group_size)
+    share = (spent / spent.amax(dim=1, keepdim=True).clamp(min=1)).view(-1)
+    return torch.where(asked, paid * share, paid)
