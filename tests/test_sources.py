@@ -213,3 +213,20 @@ def test_a_name_on_the_hub_is_loaded_without_remote_code(monkeypatch):
     assert asked == [("someone/set", {})]
     with pytest.raises(DataError, match="'someone/gone': it is not on the Hub"):
         load_rows("someone/gone")
+
+
+def test_rows_with_several_pictures_are_for_environments_that_take_them(folder):
+    several = {**row(1), "images": ["images/0.png", "images/2.png"], "question": "Is <image> darker than <image>?"}
+    del several["image"]
+    loaded = load_rows(folder(row(0), several))
+    (bad,) = check_rows(loaded)
+    assert bad.number == 1 and "2 images and needs exactly one" in bad.reason
+    assert check_rows(loaded, most_pictures=2) == []
+    decoded = episode_row(loaded[1], 2)
+    assert [image.getpixel((0, 0))[0] for image in decoded["images"]] == [10, 12]
+    assert decoded["image"] is decoded["images"][0] and decoded["question"] == "Is image 1 darker than image 2?"
+    assert "images" not in episode_row(loaded[0], 2) and red(loaded[0]) == 10
+    with pytest.raises(DataError, match="needs exactly one"):
+        episode_row(loaded[1])
+    with pytest.raises(DataError, match="3 images, and the environment takes up to 2"):
+        episode_row({**loaded[1], "images": ["a", "b", "c"]}, 2)

@@ -46,19 +46,21 @@ def check_rows(
     workers: int = 4,
     forbidden: Sequence[str] = (),
     rule: ResolutionRule | None = None,
+    most_pictures: int = 1,
 ) -> list[BadRow]:
     """Every row that cannot be used, in order, each with all its reasons. A bad row never raises.
 
     ``decode_images``: decode every picture, in ``workers`` threads; otherwise only its presence is checked.
     ``forbidden``: chat-control tokens; the policy cannot write them, so an answer that holds one is never matched.
-    ``rule``: report pictures that it cannot show, too.
+    ``rule``: report pictures that it cannot show, too. ``most_pictures``: of one row.
     """
     if isinstance(dataset.features.get("image"), datasets.Image):
         dataset = dataset.cast_column("image", datasets.Image(decode=False))  # or reading the row could raise
 
     def check(number: int) -> tuple[str, list[str]]:
         row = dataset[number]
-        reasons = examine(row, decode=decode_images, forbidden=forbidden, rule=rule).reasons
+        found = examine(row, decode=decode_images, forbidden=forbidden, rule=rule, most_pictures=most_pictures)
+        reasons = found.reasons
         return ("" if row.get("id") is None else str(row["id"])), reasons
 
     with ThreadPoolExecutor(workers) as pool:

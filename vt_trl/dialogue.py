@@ -14,7 +14,7 @@ from PIL import Image
 
 from vt_trl.chat import ChatEncoder
 from vt_trl.envs import Environment
-from vt_trl.envs.base import message
+from vt_trl.envs.base import check_pictures, message
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.images import png_uri
 from vt_trl.types import INSERTED, Done, Message, Observation, Region, Rollout, RolloutStatus, TextPart, Turn
@@ -25,6 +25,7 @@ class Dialogue:
 
     def __init__(self, environment: Environment, row: dict[str, Any]):
         self.row = row
+        check_pictures(environment, row)
         first = environment.reset(row)
         self.environment = environment.fork()  # as in training, so that a broken fork() shows up here
         self.messages: list[Message] = list(first.messages)

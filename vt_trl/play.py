@@ -61,7 +61,7 @@ def play(
     run, args = parse_recipe(recipe, ["--use_cpu", "true", *overrides])
     environment = make_environment(args.environment, args.environment_args)()
     try:
-        episode = _Episode(environment, _read_row(run, row), folder, show)
+        episode = _Episode(environment, _read_row(run, row, environment.max_pictures), folder, show)
     except DataError as error:
         raise error.at(row=row) from error
     show(HELP)
@@ -75,13 +75,13 @@ def play(
     return result
 
 
-def _read_row(run: RunArguments, number: int) -> dict[str, Any]:
+def _read_row(run: RunArguments, number: int, most_pictures: int) -> dict[str, Any]:
     rows = load_rows(run.dataset, run.dataset_split, run.max_rows)
     if not 0 <= number < len(rows):
         raise ConfigError(
             f"row is {number}, but {run.dataset!r} has {len(rows)} rows; give a number from 0 to {len(rows) - 1}."
         )
-    return episode_row(rows[number])
+    return episode_row(rows[number], most_pictures)
 
 
 class _Episode:

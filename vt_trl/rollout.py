@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from vt_trl.chat import ChatEncoder, Encoded
-from vt_trl.envs.base import Environment, message
+from vt_trl.envs.base import Environment, check_pictures, message
 from vt_trl.errors import DataError
 from vt_trl.generation.base import Backend, Request, Sample, SamplingSettings
 from vt_trl.generation.tensor_parallel import EngineGroup
@@ -197,6 +197,7 @@ class RolloutRunner:
 
     def _start(self, row: dict[str, Any], group_size: int, limits: Limits | None = None) -> list[_Episode]:
         first = self.environment()
+        check_pictures(first, row)
         observation = first.reset(row)
         messages = list(observation.messages)
         prompt = self.encoder.prompt(messages)

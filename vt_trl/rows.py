@@ -1,14 +1,15 @@
 """The row format: which columns a row has, what each may hold, and every reason why one row cannot be used.
 
 Training, loading and data preparation all use this definition; ``docs/data.md`` explains it to users. Required:
-``image`` (bytes, path, PIL or ``{"bytes", "path"}``; or ``images`` with one of them or a list of one), ``question``
-and ``answer`` (a text or a list of accepted texts); ``id`` and ``data_source`` are made when missing. Optional:
+``image`` (bytes, path, PIL or ``{"bytes", "path"}``; or ``images`` with one of them or a list), ``question`` and
+``answer`` (a text or a list of accepted texts); ``id`` and ``data_source`` are made when missing. Optional:
 ``needs_full`` (whether the full picture is needed), ``choices`` (texts), ``region`` (``[x1, y1, x2, y2]`` in pixels of
 the upright original: where the answer stands) and ``solution``. Other columns pass through.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -87,34 +88,56 @@ def clean_question(text: str) -> str:
     return before + joint + after if before and after else before + after
 
 
-def episode_row(row: Mapping[str, Any]) -> dict[str, Any]:
+def numbered_question(text: str) -> str:
+    """The question of a row with several pictures: a placeholder becomes "image 2", by its own number or its turn."""
+    if not isinstance(text, str):
+        raise DataError(f"the question is a {type(text).__name__}; give a text")
+    turn = itertools.count(1)
+
+    def named(mark: re.Match[str]) -> str:
+        number, given = next(turn), re.search(r"\d+", mark[0])
+        return f"image {int(given[0]) if given else number}"
+
+    return _MARKER.sub(named, text)
+
+
+def episode_row(row: Mapping[str, Any], most_pictures: int = 1) -> dict[str, Any]:
     """The row an environment gets: ``image`` an upright RGB picture, ``question`` cleaned, ``answer`` a list of texts.
 
-    Other columns pass through. Raises :class:`DataError` with the row's id.
+    A row with several pictures, where ``most_pictures`` allows them, has all of them as ``images``, too. Other columns
+    pass through. Raises :class:`DataError` with the row's id.
     """
     rest = {name: value for name, value in row.items() if name not in ("images", "image_error")}
     try:
-        return {**rest, "image": _picture(row), "question": _question(row), "answer": _answers(row)}
+        pictures = [load_image(source) for source in _picture_sources(row, most_pictures)]
+        rest |= {"images": pictures} if len(pictures) > 1 else {}
+        return {**rest, "image": pictures[0], "question": _question(row), "answer": _answers(row)}
     except DataError as error:
         raise error.at(id=None if row.get("id") is None else str(row["id"])) from error
 
 
-def _picture_source(row: Mapping[str, Any]) -> Any:
+def _picture_sources(row: Mapping[str, Any], most: int) -> list[Any]:
     """What :func:`load_image` can read; raises when the row is known to have no such thing."""
     if row.get("image_error"):
         raise DataError(row["image_error"])
-    source = only_image(row.get("images") if row.get("image") is None else row["image"])
-    if source is None:
+    several = row.get("images")
+    if most > 1 and isinstance(several, list | tuple) and len(several) > 1:
+        if len(several) > most:
+            raise DataError(f"the row has {len(several)} images, and the environment takes up to {most}")
+        sources = list(several)
+    elif isinstance(several, list | tuple) and len(several) > 1:
+        sources = [only_image(several)]
+    else:
+        sources = [only_image(several if row.get("image") is None else row["image"])]
+    if any(source is None for source in sources):
         raise DataError("cannot read the image: it is missing")
-    return source
-
-
-def _picture(row: Mapping[str, Any]) -> Image.Image:
-    return load_image(_picture_source(row))
+    return sources
 
 
 def _question(row: Mapping[str, Any]) -> str:
-    question = clean_question(row.get("question"))
+    several = row.get("images") if isinstance(row.get("images"), list | tuple) else ()
+    question = row.get("question")
+    question = numbered_question(question) if len(several) > 1 else clean_question(question)
     if not question.strip():
         raise DataError("the question is empty or no text")
     return question
@@ -133,22 +156,24 @@ def examine(
     decode: bool = True,
     forbidden: Sequence[str] = (),
     rule: ResolutionRule | None = None,
+    most_pictures: int = 1,
 ) -> Examined:
     """Every reason why a row cannot be used; a bad row never raises.
 
     ``decode``: decode the picture; otherwise only its presence is checked. ``forbidden``: chat-control tokens; the
     policy cannot write them, so an answer that holds one is never matched. ``rule``: refuse what it cannot show.
+    ``most_pictures``: of one row.
     """
     if str(row.get("image_error") or "").startswith(BROKEN_LINE):
         return Examined([row["image_error"]])  # that all its columns are empty follows from it
     reasons: list[str] = []
     picture = None
     try:
-        picture = _picture(row) if decode else None
-        if not decode:
-            _picture_source(row)
-        elif rule is not None:
-            rule.full_size(*picture.size)
+        sources = _picture_sources(row, most_pictures)
+        pictures = [load_image(source) for source in sources] if decode else []
+        for one in pictures if rule is not None else []:
+            rule.full_size(*one.size)
+        picture = pictures[0] if pictures else None
     except DataError as error:
         reasons.append(error.reason)
     size = None if picture is None else picture.size

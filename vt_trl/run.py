@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, TrainingArguments
 
 from vt_trl.config import VTGRPOConfig
 from vt_trl.data import load_rows, require_good_rows
+from vt_trl.envs import make_environment
 from vt_trl.errors import ConfigError
 from vt_trl.families import Family, family_of
 from vt_trl.preflight import check_run
@@ -48,14 +49,16 @@ def make_trainer(run: RunArguments, args: VTGRPOConfig, **trainer_arguments: Any
     config = open_config(run, args)
     family = family_of(config)
     check_run(run, args, config)
+    most = make_environment(args.environment, args.environment_args)().max_pictures
     forbidden = (family.turn_start, family.turn_end, *family.control_tokens)
     rows = load_rows(run.dataset, run.dataset_split, run.max_rows)
     eval_rows = load_rows(run.eval_dataset, run.eval_split, run.max_eval_rows) if run.eval_dataset else None
+    checks = {"forbidden": forbidden, "most_pictures": most}
     trainer = VTGRPOTrainer(
         model=run.model,
         args=args,
-        train_dataset=require_good_rows(rows, run.on_bad_row, forbidden=forbidden),
-        eval_dataset=None if eval_rows is None else require_good_rows(eval_rows, run.on_bad_row, forbidden=forbidden),
+        train_dataset=require_good_rows(rows, run.on_bad_row, **checks),
+        eval_dataset=None if eval_rows is None else require_good_rows(eval_rows, run.on_bad_row, **checks),
         peft_config=lora_config(run, family),
         **trainer_arguments,
     )

@@ -94,7 +94,8 @@ def played(row: Mapping[str, Any], environment: Callable[[], Environment]) -> Di
     try:
         if not replies or not all(isinstance(reply, str) and reply.strip() for reply in replies):
             raise DataError("replies is empty, or no list of texts")
-        return replay(environment(), episode_row(row), replies)
+        player = environment()
+        return replay(player, episode_row(row, player.max_pictures), replies)
     except DataError as error:
         raise error.at(id=str(row.get("id"))) from error
 
@@ -122,7 +123,7 @@ def make_sft_trainer(run: RunArguments, args: VTSFTConfig, **trainer_arguments: 
     sizes = ChatEncoder(tokenizer, family, ImageSizes(processor.image_processor))
 
     def checked(source: str, split: str | None, limit: int | None) -> Dataset:
-        rows = traces(source, split, limit, run.on_bad_row)
+        rows = traces(source, split, limit, run.on_bad_row, environment().max_pictures)
         return require_teachable(rows, environment, sizes, run.on_bad_row, args.max_length, args.on_too_long)
 
     rows = checked(run.dataset, run.dataset_split, run.max_rows)
@@ -142,7 +143,7 @@ def make_sft_trainer(run: RunArguments, args: VTSFTConfig, **trainer_arguments: 
     return trainer
 
 
-def traces(source: str, split: str | None, limit: int | None, on_bad_row: str) -> Dataset:
+def traces(source: str, split: str | None, limit: int | None, on_bad_row: str, most_pictures: int = 1) -> Dataset:
     """Good rows, with replies that are still to be looked at. Raises DataError when the column is missing."""
     rows = load_rows(source, split, limit)
     if "replies" not in rows.column_names:
@@ -150,7 +151,7 @@ def traces(source: str, split: str | None, limit: int | None, on_bad_row: str) -
             f"{source!r} has no column `replies`, so it holds rows and no traces; write some with "
             f"`vt-trl prepare traces`"
         )
-    return require_good_rows(rows, on_bad_row)
+    return require_good_rows(rows, on_bad_row, most_pictures=most_pictures)
 
 
 def require_teachable(

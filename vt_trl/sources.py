@@ -200,25 +200,33 @@ def _from_records(rows: list[dict[str, Any]], root: Path, source: str) -> Datase
     """Rows whose pictures are files under ``root``."""
     names, others = _columns(list(dict.fromkeys(name for row in rows for name in row)), source)
     columns = {name: [row.get(name) for row in rows] for name in (*names.values(), *others)}
-    paths, errors = zip(*(_path_or_error(row, names["image"], root) for row in rows), strict=True)
-    flat = {name: columns[name] for name in others if all(map(is_flat, columns[name]))}
+    paths, errors = zip(*(_paths_or_error(row, names["image"], root) for row in rows), strict=True)
+    several = {"images": paths} if any(len(one) > 1 for one in paths) else {}
+    flat = several | {name: columns[name] for name in others if all(map(is_flat, columns[name]))}
     try:
-        base = Dataset.from_dict({"image": paths, **flat}).cast_column("image", Value("string"))
+        base = Dataset.from_dict({"image": [next(iter(one), None) for one in paths], **flat}).cast_column(
+            "image", Value("string")
+        )
     except pa.ArrowException as error:
         raise DataError(f"{source!r}: a column mixes types ({error}); give all its values one type") from error
     return _assemble(base, {ours: columns[name] for ours, name in names.items()}, errors, names.get("id"))
 
 
-def _path_or_error(row: Mapping[str, Any], name: str, root: Path) -> tuple[str | None, str]:
-    """A row's picture as an absolute path below ``root``, or why it is none."""
+def _paths_or_error(row: Mapping[str, Any], name: str, root: Path) -> tuple[list[str], str]:
+    """A row's pictures, mostly one, as absolute paths below ``root``, or why there are none."""
     if isinstance(row, BrokenLine):
-        return None, row.why
+        return [], row.why
     try:
-        value = only_image(row.get(name))
-        value = value.get("path") if isinstance(value, Mapping) else value
-        return str(local_path(value if isinstance(value, str) else "", root)), ""
+        value = row.get(name)
+        several = isinstance(value, list | tuple) and len(value) > 1
+        return [_path(one, root) for one in (value if several else [only_image(value)])], ""
     except DataError as error:
-        return None, error.reason
+        return [], error.reason
+
+
+def _path(value: Any, root: Path) -> str:
+    value = value.get("path") if isinstance(value, Mapping) else value
+    return str(local_path(value if isinstance(value, str) else "", root))
 
 
 def _from_dataset(dataset: Dataset, root: Path, source: str) -> Dataset:

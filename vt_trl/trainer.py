@@ -245,7 +245,8 @@ class VTGRPOTrainer(ResumableTrainer, GRPOTrainer):
             min_p=None if greedy else self.min_p,
             repetition_penalty=self.repetition_penalty,
         )
-        rows = [episode_row(row) for row in inputs[::group_size]]  # the sampler repeats each row side by side
+        most = self.runner.environment().max_pictures
+        rows = [episode_row(row, most) for row in inputs[::group_size]]  # the sampler repeats each row side by side
         with self._phase("rollout"):
             return self.runner.run(rows, group_size, settings, self._start_judges)
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from PIL import Image
 
+from vt_trl.errors import DataError
 from vt_trl.types import Done, ImagePart, Message, Observation, TextPart
 
 
@@ -35,6 +36,7 @@ class Environment(ABC):
     max_image_pixels: int | None = None  # of the largest picture it shows; None: what the image processor allows
     stop_texts: tuple[str, ...] = ()  # texts at which a turn may end, besides the family's stop token
     sighted: bool = False  # it is built with ``sight``, how the model sees pictures (:class:`vt_trl.boxes.Sight`)
+    max_pictures: int = 1  # of a row, in training; further ones make a bad row
     any_pictures: bool = False  # it also plays rows whose ``images`` are several or none (:func:`pictures_of`)
 
     @abstractmethod
@@ -91,6 +93,13 @@ def pictures_of(row: Mapping[str, Any]) -> list[Image.Image]:
     """The pictures of a row: its ``images`` where it has that list (empty: a text alone), else its only ``image``."""
     images = row.get("images")
     return [row["image"]] if images is None else list(images)
+
+
+def check_pictures(environment: Environment, row: Mapping[str, Any]) -> None:
+    """Raise DataError for a row with several pictures where the environment would show one of them only."""
+    count = len(row.get("images") or ())
+    if count > 1 and not environment.any_pictures:
+        raise DataError(f"row id {row.get('id')!r} has {count} pictures, and {type(environment).__name__} takes one")
 
 
 def message(role: str, *parts: str | Image.Image) -> Message:
