@@ -368,9 +368,9 @@ def test_pictures_are_numbered_as_shown_and_parts_of_parts_are_mapped_through():
     assert [one.size for one in images(opening)] == [(280, 140), (140, 280)]
     assert "Image 1, 280 x 140 pixels." in opening.messages[1].text and "Image 2, 140 x" in opening.messages[1].text
     third = env.step(resize(1.5, image=2))
-    assert images(third)[0].size == (196, 420) and "Image 3, 196 x 420 pixels." in words(third)
+    assert images(third)[0].size == (224, 420) and "Image 3, 224 x 420 pixels." in words(third)  # 210 is 7.5 x 28
     assert not third.regions  # it is all of the picture
-    fourth = env.step(call([98, 0, 196, 210], image=3))  # the upper right quarter
+    fourth = env.step(call([112, 0, 224, 210], image=3))  # the upper right quarter
     assert fourth.regions == (Region(1, (140, 0, 280, 280)),)
     width, height = images(fourth)[0].size
     fifth = env.step(call([0, 0, width / 2, height / 2], image=4))

@@ -217,8 +217,9 @@ def test_a_name_on_the_hub_is_loaded_without_remote_code(monkeypatch):
 
 def test_rows_with_several_pictures_are_for_environments_that_take_them(folder):
     several = {**row(1), "images": ["images/0.png", "images/2.png"], "question": "Is <image> darker than <image>?"}
-    del several["image"]
-    loaded = load_rows(folder(row(0), several))
+    single = {**row(0), "images": "images/0.png"}
+    del several["image"], single["image"]
+    loaded = load_rows(folder(single, several))
     (bad,) = check_rows(loaded)
     assert bad.number == 1 and "2 images and needs exactly one" in bad.reason
     assert check_rows(loaded, most_pictures=2) == []
