@@ -20,6 +20,7 @@ STEPS: dict[str, Command] = {
     "import": Command("a published set, or files of your own, in the columns of rows", "data_prep.import"),
     "select": Command("rows that need the full picture, and rows for which low is enough", "data_prep.select"),
     "traces": Command("cold-start traces, written by a strong model, for vt-trl sft", "data_prep.traces"),
+    "vlir": Command("rationales with looks, in VLIR's layout, as traces for vt-trl sft", "data_prep.vlir"),
 }
 
 

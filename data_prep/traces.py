@@ -23,6 +23,7 @@ from vt_trl.errors import ConfigError, DataError, JudgeOutage
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from data_prep.rationales import RationaleFilters
     from data_prep.shards import UnitWriter
     from data_prep.writers import Writer
     from vt_trl.boxes import Sight
@@ -60,6 +61,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-steer", action="store_true", help="do not tell the writer which route rows with needs_full want"
     )
+    parser.add_argument(
+        "--filter-model", default=None, help="also ask this model whether looks show something and texts are logical"
+    )
+    parser.add_argument("--filter-args", default="{}", help="JSON: settings of its endpoint; never a key")
     parser.add_argument("--judge", default="rule", help="rule, openai, local, cascade, or module:Class")
     parser.add_argument("--judge-args", default="{}", help="settings of the judge as JSON; never a key")
     parser.add_argument("--max-failed", type=float, default=0.1, help="share of failed requests that stops the run")
@@ -88,6 +93,7 @@ def run(options: argparse.Namespace) -> None:
     judge = make_judge(options.judge, json_option(options.judge_args, "--judge-args"))
     dataset = load_rows(options.dataset, options.split, options.max_rows)
     writer = make_writer(options, plain)
+    filters = make_filters(options)
     reward = make_judge_reward(
         judge, cache_dir=default_folder(), max_failed=1.0 if options.judge == "rule" else options.max_failed
     )
@@ -95,10 +101,13 @@ def run(options: argparse.Namespace) -> None:
         reward.open()
         features = Features({**FEATURES, "replies": List(Value("string")), "route": Value("string")})
         features["written_by"] = Value("string")
+        if hasattr(plain(), "trace"):
+            features |= {"segments": List(Value("string")), "crops": List(Value("float64"))}
         made_of = {
             "step": "traces",
             "rows": rows_print(dataset),
             **writer.fingerprint(),
+            **(filters.fingerprint() if filters else {}),
             "environment": options.environment,
             "environment_args": environment_args,
             "judge": judge.fingerprint(),
@@ -108,7 +117,7 @@ def run(options: argparse.Namespace) -> None:
         }
         numbers = range(len(dataset))
         units = [numbers[at : at + options.unit_rows] for at in range(0, len(dataset), options.unit_rows)]
-        work = partial(write_unit, dataset, writer, reward, plain, options)
+        work = partial(write_unit, dataset, writer, reward, filters, plain, options)
         manifest = run_units(
             options.out,
             units,
@@ -121,6 +130,8 @@ def run(options: argparse.Namespace) -> None:
     finally:
         reward.close()
         writer.close()
+        if filters:
+            filters.close()
     _say(totals(manifest), len(dataset))
 
 
@@ -152,10 +163,20 @@ def make_writer(options: argparse.Namespace, plain: Any) -> Writer:
     return LocalWriter(open_runner(checkpoint, environment, limits), settings, about)
 
 
+def make_filters(options: argparse.Namespace) -> RationaleFilters | None:
+    """The filters on looks and texts, where they are wanted."""
+    from data_prep.rationales import RationaleFilters
+
+    if options.filter_model is None:
+        return None
+    return RationaleFilters(options.filter_model, **json_option(options.filter_args, "--filter-args"))
+
+
 def write_unit(
     dataset: Dataset,
     writer: Writer,
     judge: JudgeReward,
+    filters: RationaleFilters | None,
     environment: Any,
     options: argparse.Namespace,
     numbers: Sequence[int],
@@ -179,20 +200,47 @@ def write_unit(
         tries = writer.write([rows[number] for number in left], attempt)
         _check_outage([one for one in tries if isinstance(one, str)], len(tries), options.max_failed)
         judged = iter(judge.judged([one for one in tries if not isinstance(one, str)]))
+        passed: dict[int, Rollout] = {}
         for number, one in zip(left, tries, strict=True):
             if isinstance(one, str):
                 _reject(out, number, rows[number], attempt, "writer_failed", one)
                 continue
             reason = fault_of(one, next(judged), steered=not options.no_steer)
             if reason is None:
-                accepted[number] = one
+                passed[number] = one
             else:
                 _reject(out, number, rows[number], attempt, reason, one.answer, [turn.text for turn in one.turns])
+        accepted |= _filtered(passed, filters, rows, attempt, options.max_failed, out)
     for number in rows:
         if number in accepted:
             out.add(trace_row(dataset[number], accepted[number], options.model))
         else:
             out.counts["rows_without_trace"] += 1
+
+
+def _filtered(
+    passed: Mapping[int, Rollout],
+    filters: RationaleFilters | None,
+    rows: Mapping[int, Mapping[str, Any]],
+    attempt: int,
+    max_failed: float,
+    out: UnitWriter,
+) -> dict[int, Rollout]:
+    """The tries that the filters let through; the others are rejected with the filter's name."""
+    if filters is None:
+        return dict(passed)
+    reasons = filters.reasons(list(passed.values()))
+    failures = [str(one) for one in reasons if isinstance(one, Exception)]
+    _check_outage(failures, len(reasons), max_failed, "filters")
+    kept = {}
+    for (number, one), reason in zip(passed.items(), reasons, strict=True):
+        if reason is None:
+            kept[number] = one
+            continue
+        failed = isinstance(reason, Exception)
+        name, detail = ("filter_failed", str(reason)) if failed else (reason, one.answer)
+        _reject(out, number, rows[number], attempt, name, detail, [turn.text for turn in one.turns])
+    return kept
 
 
 def fault_of(rollout: Rollout, judgement: Judgement, steered: bool) -> str | None:
@@ -212,10 +260,12 @@ def fault_of(rollout: Rollout, judgement: Judgement, steered: bool) -> str | Non
 
 def trace_row(stored: Mapping[str, Any], rollout: Rollout, model: str) -> dict[str, Any]:
     """The stored row with what the writer said; columns that rows do not define are left behind."""
+    from data_prep.rationales import frame_free
     from vt_trl.rows import FEATURES
 
     row = {name: value for name, value in stored.items() if name in FEATURES}
     said = {"replies": [turn.text for turn in rollout.turns], "route": "asked" if rollout.asked else "direct"}
+    said |= frame_free(rollout)
     return {**row, "image": picture_bytes(stored["image"]), **said, "written_by": model}
 
 
@@ -233,10 +283,10 @@ def _reject(
     out.note("rejected.jsonl", {"number": number, "id": row.get("id"), "gold": row.get("answer"), **said})
 
 
-def _check_outage(failures: Sequence[str], tries: int, most: float) -> None:
+def _check_outage(failures: Sequence[str], tries: int, most: float, who: str = "writer") -> None:
     if failures and (tries >= _ENOUGH or len(failures) == tries) and len(failures) / tries > most:
         raise WriterOutage(
-            f"{len(failures)} of {tries} requests to the writer failed, more than --max-failed ({most:.0%}) allows. "
+            f"{len(failures)} of {tries} requests to the {who} failed, more than --max-failed ({most:.0%}) allows. "
             f"The last error: {failures[-1]}. Mend it and run the same command again: finished shards are kept."
         )
 

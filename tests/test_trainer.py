@@ -34,6 +34,8 @@ def dataset(count: int) -> Dataset:
 def make_trainer(checkpoint: Path, tmp_path: Path, rows: int = 8, **settings: Any) -> VTGRPOTrainer:
     arguments = {name: settings.pop(name, None) for name in ("backend", "environment", "peft_config")}
     functions = settings.pop("reward_funcs", None)
+    if "environment_name" in settings:
+        settings["environment"] = settings.pop("environment_name")
     defaults = {
         "per_device_train_batch_size": 4,
         "num_generations": 4,

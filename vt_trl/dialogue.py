@@ -130,13 +130,20 @@ def demonstrate(dialogue: Dialogue, encoder: ChatEncoder) -> Demonstration:
 
 
 def trl_example(dialogue: Dialogue) -> dict[str, Any]:
-    """The dialogue in TRL's conversational format: ``messages`` with typed parts, and ``images`` in their order."""
-    messages = []
+    """The dialogue in TRL's conversational format: ``messages`` with typed parts, and ``images`` in their order.
+
+    What was put into the assistant's turn is part of its message there.
+    """
+    messages: list[dict[str, Any]] = []
     for one in dialogue.messages:
         parts: list[Mapping[str, str]] = [
             {"type": "text", "text": part.text} if hasattr(part, "text") else {"type": "image"} for part in one.parts
         ]
-        messages.append({"role": one.role, "content": parts})
+        inside = one.role == INSERTED or (messages and messages[-1]["role"] == one.role == "assistant")
+        if inside:
+            messages[-1]["content"] += parts
+        else:
+            messages.append({"role": one.role, "content": parts})
     return {"messages": messages, "images": list(dialogue.images)}
 
 

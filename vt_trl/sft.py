@@ -89,13 +89,24 @@ class TraceCollator:
 
 
 def played(row: Mapping[str, Any], environment: Callable[[], Environment]) -> Dialogue:
-    """The dialogue of one trace. Raises DataError, with the row's id, for replies that are no clean episode."""
-    replies = row["replies"]
+    """The dialogue of one trace. Raises DataError, with the row's id, for replies that are no clean episode.
+
+    A trace has ``replies``; or ``segments`` and ``crops``, of which the environment makes replies in its own frame and
+    shape (:meth:`vt_trl.envs.LookEnv.trace`).
+    """
     try:
+        player = environment()
+        decoded = episode_row(row, player.max_pictures)
+        if row.get("segments"):
+            if not hasattr(player, "trace"):
+                raise DataError(
+                    "the trace has segments and crops, for the environments zoom and look; set environment"
+                )
+            return replay(player, decoded, player.trace(decoded, row["segments"], row.get("crops") or []))
+        replies = row.get("replies")
         if not replies or not all(isinstance(reply, str) and reply.strip() for reply in replies):
             raise DataError("replies is empty, or no list of texts")
-        player = environment()
-        return replay(player, episode_row(row, player.max_pictures), replies)
+        return replay(player, decoded, replies)
     except DataError as error:
         raise error.at(id=str(row.get("id"))) from error
 
@@ -146,10 +157,10 @@ def make_sft_trainer(run: RunArguments, args: VTSFTConfig, **trainer_arguments: 
 def traces(source: str, split: str | None, limit: int | None, on_bad_row: str, most_pictures: int = 1) -> Dataset:
     """Good rows, with replies that are still to be looked at. Raises DataError when the column is missing."""
     rows = load_rows(source, split, limit)
-    if "replies" not in rows.column_names:
+    if not {"replies", "segments"} & set(rows.column_names):
         raise DataError(
-            f"{source!r} has no column `replies`, so it holds rows and no traces; write some with "
-            f"`vt-trl prepare traces`"
+            f"{source!r} has no column `replies` or `segments`, so it holds rows and no traces; write some with "
+            f"`vt-trl prepare traces` or `vt-trl prepare vlir`"
         )
     return require_good_rows(rows, on_bad_row, most_pictures=most_pictures)
 

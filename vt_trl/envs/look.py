@@ -160,6 +160,28 @@ class LookEnv(TurnsEnv):
         arguments = {BOX_KEY: values} | ({"image": 1} if self.numbered else {})
         return f"<tool_call>{json.dumps({'name': ZoomTool.name, 'arguments': arguments})}</tool_call>"
 
+    def trace(self, row: Mapping[str, Any], segments: Sequence[str], crops: Sequence[float]) -> list[str]:
+        """The replies of a rationale, as this environment's policy would write it.
+
+        ``segments``: n + 1 texts of reasoning; ``crops``: four numbers for each of the n looks between them, in pixels
+        of the upright original. Raises DataError where the two do not fit, or the environment has no zoom.
+        """
+        if ZoomTool.name not in self.tools:
+            raise DataError("the trace looks at parts of the picture, and the environment has no zoom; set tools")
+        if len(crops) != 4 * (len(segments) - 1):
+            raise DataError(
+                f"{len(segments)} segments need {4 * (len(segments) - 1)} numbers in crops, not {len(crops)}"
+            )
+        self.reset(row)
+        calls = [self.call_text(crops[at : at + 4]) for at in range(0, len(crops), 4)]
+        *before, last = segments
+        close = f"</think><answer>{row['answer'][0]}</answer>"
+        if self.shape == "tool_call":
+            said = [f"<think>{text}</think>{call}" for text, call in zip(before, calls, strict=True)]
+            return [*said, f"<think>{last}{close}"]
+        replies = [*(f"{text} {call}" for text, call in zip(before, calls, strict=True)), f"{last}{close}"]
+        return [f"<think>{replies[0]}", *replies[1:]]
+
     def gold_replies(self, row: Mapping[str, Any]) -> list[list[str]]:
         """An answer at once, and one after as many looks as turns allow: at the gold region or at all of it."""
         close = f"<answer>{row['answer'][0]}</answer>"
