@@ -6,6 +6,7 @@ Needs vLLM; its CPU build is enough. One engine per family serves the whole modu
 from __future__ import annotations
 
 import functools
+import json
 import os
 import weakref
 from dataclasses import replace
@@ -15,8 +16,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText
 
+from vt_trl.chat import ChatEncoder
+from vt_trl.envs import ZoomEnv
+from vt_trl.families import family_of
+from vt_trl.features import ImageFeatures
 from vt_trl.generation.base import Request, SamplingSettings
+from vt_trl.rollout import Limits, RolloutRunner
 from vt_trl.tiny import build_tiny
+from vt_trl.types import Done, RolloutStatus
 
 pytest.importorskip("vllm")
 from vllm_world import World  # noqa: E402
@@ -175,3 +182,58 @@ def test_an_engine_failure_is_raised_with_context_and_aborts_the_rest(world, mon
     with pytest.raises(RuntimeError, match="sampling 4 turns.*division by zero"):
         world.run([Request(index, world.prompt(world.small), (world.small,), 8) for index in range(4)])
     assert not world.engine.llm.llm_engine.has_unfinished_requests()
+
+
+class Noted:
+    """A backend, and the requests and samples that went through it."""
+
+    def __init__(self, backend):
+        self.backend, self.requests, self.pairs = backend, {}, []
+        self.begin, self.end = backend.begin, backend.end
+
+    def submit(self, request):
+        self.requests[request.request_id] = request
+        self.backend.submit(request)
+
+    def completed(self):
+        for sample in self.backend.completed():
+            self.pairs.append((self.requests[sample.request_id], sample))
+            yield sample
+
+
+@PER_FAMILY
+def test_pictures_inside_a_turn_are_sampled_behind_as_transformers_would(world):
+    family = family_of(world.model.config)
+    sight = family.sight(world.processor.image_processor)
+
+    class Boxes(ZoomEnv):
+        """A random model writes no boxes: two letters end a turn, after at least three, and a box stands for them."""
+
+        def __init__(self):
+            super().__init__(sight=sight, shape="inline", turns=3)
+            self.stop_texts = ("e", "a")
+
+        def goes_on(self, text):
+            return len(text) < 3
+
+        def step(self, reply, truncated=False):
+            sides = sight.sides(self.album.views[0].size)
+            box = {"bbox_2d": [0, 0, sides[0] / 2, sides[1] / 2]}
+            return super().step(f"<think>{json.dumps(box)}") if self.turn < 2 else Done(RolloutStatus.ANSWERED, reply)
+
+    backend = Noted(world.new_backend(eos=[], banned=[world.eos]))
+    encoder = ChatEncoder(world.tokenizer, family, ImageFeatures(world.processor.image_processor))
+    runner = RolloutRunner(Boxes, backend, encoder, [], Limits(200, 1000))
+    row = {"id": "r", "image": world.picture(8, 8), "question": "What?", "answer": ["5"]}
+    rollouts = runner.run([row], 4, SamplingSettings())
+    assert all(len(one.turns) == 3 and len(one.images) == 3 for one in rollouts)
+    assert len(backend.pairs) > 12  # some turns went on behind a letter that came too early
+    for one in rollouts:
+        assert [token for token, kept in zip(one.completion_ids, one.loss_mask, strict=True) if kept] == [
+            token for turn in one.turns for token in turn.token_ids
+        ]
+    world.banned.append(world.eos)
+    try:
+        assert world.worst(backend.pairs) < TOLERANCE
+    finally:
+        world.banned.remove(world.eos)

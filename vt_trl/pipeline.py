@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vt_trl.envs.inline import boxes_in
 from vt_trl.envs.reply import parse_reply
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.features import ImageSizes
@@ -51,10 +52,9 @@ class PipelineTurn:
     @classmethod
     def of(cls, index: int, number: int, turn: Turn, **more: Any) -> PipelineTurn:
         parsed = parse_reply(turn.text)
+        called = parsed.wants_call or bool(boxes_in(turn.text))
         faults = tuple(fault.value for fault in turn.faults)
-        return cls(
-            index, number, turn.text, parsed.answer, parsed.wants_call, len(turn.token_ids), faults=faults, **more
-        )
+        return cls(index, number, turn.text, parsed.answer, called, len(turn.token_ids), faults=faults, **more)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from vt_trl.envs.inline import boxes_in
 from vt_trl.envs.reply import parse_reply
 from vt_trl.metrics import RolloutRecord
 from vt_trl.types import ImagePart, Message, Rollout, Turn
@@ -187,6 +188,8 @@ def _turns(rollout: Rollout) -> tuple[TranscriptTurn, ...]:
 def _reply(turn: Turn) -> dict[str, Any]:
     call = parse_reply(turn.text).call
     said = None if call is None else plain(json.dumps({"name": call.name, "arguments": call.arguments}))
+    if said is None:
+        said = next(map(plain, boxes_in(turn.text)), None)  # a box inside the reasoning is a call, too
     return {"tokens": len(turn.token_ids), "call": said, "faults": tuple(fault.value for fault in turn.faults)}
 
 
