@@ -257,8 +257,11 @@ def test_the_tower_runs_once_per_unique_picture(world, monkeypatch):
     packed(world)
     padded(world)
     padded(world, share_vision=False)
+    packed_pass(world.policy, world.batch, world.mask, ROWS, None, share_vision=False)
     everywhere = 3 * 4 * 6 + 2 * 8 * 12 + 3 * 6 * 4 + 3 * 4 * 4
-    assert counted.patches == [UNIQUE, UNIQUE, everywhere]
+    # Packed, a prompt and its picture are there once anyway; what row 4 ends with is not there at all.
+    by_place = 4 * 6 + 2 * 8 * 12 + 6 * 4 + 2 * 4 * 4
+    assert counted.patches == [UNIQUE, UNIQUE, everywhere, by_place]
 
 
 def test_features_of_a_frozen_tower_are_kept_and_those_of_a_trained_one_are_not(world, monkeypatch):

@@ -67,15 +67,14 @@ class PolicyForward:
         """
         policy, mask = self._policy(model), self._labelled(batch)
         rows = mask.any(dim=1).nonzero()[:, 0].tolist() or [0]  # one at least: every process takes part in a forward
+        once = self.args.share_vision
         if not self.packed or aux_loss:
-            return padded_pass(
-                policy, batch, mask, rows, self.cache, share_vision=self.args.share_vision, aux_loss=aux_loss
-            )
+            return padded_pass(policy, batch, mask, rows, self.cache, share_vision=once, aux_loss=aux_loss)
         parts = []
         for part in self._parts(batch, rows):
             # An empty part only keeps other processes company.
             labelled, part = (mask, part) if part else (torch.zeros_like(mask), rows[:1])
-            parts.append(packed_pass(policy, batch, labelled, part, self.cache))
+            parts.append(packed_pass(policy, batch, labelled, part, self.cache, share_vision=once))
         # The reference's head gives no entropies.
         entropies = [part.entropies for part in parts if part.entropies is not None]
         return Scores(sum(part.logprobs for part in parts), sum(entropies) if entropies else None)

@@ -51,7 +51,13 @@ class Policy:
 
 
 def packed_pass(
-    policy: Policy, batch: dict[str, Any], mask: torch.Tensor, rows: Sequence[int], cache: FeatureCache | None
+    policy: Policy,
+    batch: dict[str, Any],
+    mask: torch.Tensor,
+    rows: Sequence[int],
+    cache: FeatureCache | None,
+    *,
+    share_vision: bool = True,
 ) -> Scores:
     """``rows`` in one padding-free row with shared prompts. ``mask`` (B, C): which tokens get a label."""
     device = batch["completion_ids"].device
@@ -64,7 +70,7 @@ def packed_pass(
         "shift_labels": row.labels[None].to(device),
         "layout": row.layout,
     }
-    with _pictures(policy, batch, row.images, cache) as pictures:
+    with _pictures(policy, batch, row.images, cache, share_vision) as pictures:
         output = policy.run(inputs | pictures)
     places = row.places.to(device)
 
@@ -126,7 +132,6 @@ def _pictures(
     pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
     places = {"image_grid_thw": grids[list(order)].to(batch["completion_ids"].device)}
     if not once:
-        yield places | {"pixel_values": torch.cat([pixels[one] for one in order])}
-        return
+        pixels, grids, order, cache = [pixels[one] for one in order], grids[list(order)], range(len(order)), None
     with pictures_once(policy.base, pixels, grids, order, cache) as seen:
         yield places | {"pixel_values": seen}
