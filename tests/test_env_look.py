@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -12,19 +11,17 @@ import pytest
 from conftest import picture
 from PIL import Image
 from test_env_resize import CALL as RESIZE
-from test_env_zoom import ANSWER, BOX, EIGHT, ROW, THINK, call, images, words
+from test_env_zoom import ANSWER, EIGHT, ROW, THINK, call, images, words
 
 from vt_trl.boxes import Sight
 from vt_trl.config import VTGRPOConfig
-from vt_trl.dialogue import Dialogue, replay
-from vt_trl.envs import LookEnv, ResizeEnv, ZoomEnv
+from vt_trl.dialogue import Dialogue
+from vt_trl.envs import LookEnv, ResizeEnv, ZoomEnv, make_environment
 from vt_trl.errors import DataError
-from vt_trl.pipeline import PipelineTurn
 from vt_trl.policies import parse_policy, trained_policy, trained_settings
 from vt_trl.preflight.episodes import PixelLimits, longest_episode
 from vt_trl.run_notes import environment_facts
-from vt_trl.transcripts.record import _turns
-from vt_trl.types import Done, Fault, Region, RolloutStatus, Turn
+from vt_trl.types import Done, Fault, Region, RolloutStatus
 
 S, F = RolloutStatus, Fault
 
@@ -123,20 +120,19 @@ def test_two_turns_of_look_are_the_resize_environment_in_other_words():
     assert look.step(ANSWER) == plain.step(ANSWER) == Done(S.ANSWERED, "5")
 
 
+def test_a_frame_that_is_not_the_models_is_warned_of(caplog):
+    make_environment("zoom", {"boxes": "per_mille"}, EIGHT)
+    assert not caplog.text
+    make_environment("zoom", {"boxes": "shown_pixels"}, EIGHT)
+    assert "boxes is shown_pixels, and the model's family writes per_mille" in caplog.text
+
+
 def test_several_pictures_are_never_cut_to_one():
-    for runner in (lambda: Dialogue(ZoomEnv(), TWO), lambda: LookEnv(pictures=1).reset(TWO)):
+    starts = [lambda: Dialogue(ZoomEnv(), TWO), lambda: ZoomEnv().reset(TWO), lambda: LookEnv(pictures=1).reset(TWO)]
+    for start in starts:
         with pytest.raises(DataError, match="2 pictures"):
-            runner()
+            start()
     assert len(Dialogue(LookEnv(), TWO).images) == 2
-
-
-def test_a_box_inside_the_reasoning_is_a_call_for_everybody_who_shows_turns():
-    turn = Turn(f"<think>Look: {BOX}", (1, 2), (None, None), True)
-    assert PipelineTurn.of(0, 0, turn).called and not PipelineTurn.of(0, 0, replace(turn, text=ANSWER)).called
-    dialogue = replay(ZoomEnv(shape="inline"), ROW, [turn.text, "</think><answer>5</answer>"])
-    shown = _turns(dialogue.rollout())
-    assert [one.call for one in shown] == [None, None, BOX, None, None]
-    assert [one.status for one in shown] == ["prompt", "prompt", "sampled", "told", "sampled"]
 
 
 @pytest.mark.parametrize("env", [ZoomEnv(turns=5, shape="inline", boxes="unit"), LookEnv(pictures=2, tools=["zoom"])])

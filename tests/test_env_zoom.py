@@ -16,7 +16,7 @@ from transformers import Qwen2VLImageProcessor
 from vt_trl.boxes import Sight
 from vt_trl.envs import LookEnv, ZoomEnv, make_environment
 from vt_trl.envs.inline import boxes_in
-from vt_trl.errors import ConfigError, DataError
+from vt_trl.errors import ConfigError
 from vt_trl.features import ImageSizes
 from vt_trl.types import INSERTED, Done, Fault, Observation, Region, Rollout, RolloutStatus, Turn
 
@@ -344,8 +344,3 @@ def test_the_models_sight_is_used_and_boxes_replaces_its_frame():
     assert make_environment("zoom", None, EIGHT)().sight is EIGHT
     assert make_environment("zoom", {"boxes": "unit"}, EIGHT)().sight == Sight("unit", 32, 65_536, 16_777_216)
     assert make_environment("resize", None, EIGHT)()  # which need not know
-
-
-def test_zoom_takes_one_picture():
-    with pytest.raises(DataError, match="2 pictures, and the environment takes 1 to 1"):
-        ZoomEnv().reset({**ROW, "images": [ROW["image"]] * 2})

@@ -207,14 +207,14 @@ def test_pictures_inside_a_turn_are_sampled_behind_as_transformers_would(world):
     sight = family.sight(world.processor.image_processor)
 
     class Boxes(ZoomEnv):
-        """A random model writes no boxes: two letters end a turn, after at least three, and a box stands for them."""
+        """A random model writes no boxes: two letters end a turn, after at least forty, and a box stands for them."""
 
         def __init__(self):
             super().__init__(sight=sight, shape="inline", turns=3)
             self.stop_texts = ("e", "a")
 
         def goes_on(self, text):
-            return len(text) < 3
+            return len(text) < 40
 
         def step(self, reply, truncated=False):
             sides = sight.sides(self.album.views[0].size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from vt_trl.envs.base import Environment
 from vt_trl.envs.look import LookEnv, ZoomEnv
 from vt_trl.envs.resize import DirectEnv, ResizeEnv
 from vt_trl.errors import ConfigError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 ENVIRONMENTS: dict[str, type[Environment]] = {
     "resize": ResizeEnv,
@@ -63,6 +66,12 @@ def make_environment(
         )
     if not (inspect.isclass(cls) and issubclass(cls, Environment)):
         raise ConfigError(f"environment {name!r} is not a subclass of vt_trl.envs.Environment.")
+    wanted = (settings or {}).get("boxes")
+    if sight is not None and cls.sighted and wanted not in (None, sight.boxes):
+        logger.warning(
+            f"boxes is {wanted}, and the model's family writes {sight.boxes}: it has to learn another frame. Leave "
+            f"boxes out to have the family's."
+        )
     settings = dict(settings or {}) | ({"sight": sight} if sight is not None and cls.sighted else {})
     try:
         cls(**settings)

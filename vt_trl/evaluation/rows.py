@@ -87,12 +87,13 @@ def play_rows(
         progress: called with the number of rows just finished.
     """
     settings = settings or SamplingSettings(temperature=0.0)
+    most = runner.environment().max_pictures
     results: list[RowResult] = []
     rollouts: list[Rollout | None] = []
     seconds = 0.0
     for start in range(0, len(rows), batch_size):
         part = [rows[number] for number in range(start, min(start + batch_size, len(rows)))]
-        outcomes, spent = play([_decoded(row) for row in part], runner, settings)
+        outcomes, spent = play([_decoded(row, most) for row in part], runner, settings)
         results += _judge(part, outcomes, reward)
         rollouts += [one if isinstance(one, Rollout) else None for one in outcomes]
         seconds += spent
@@ -128,9 +129,9 @@ def play(
     return outcomes, seconds
 
 
-def _decoded(row: Mapping[str, Any]) -> dict[str, Any] | DataError:
+def _decoded(row: Mapping[str, Any], most_pictures: int) -> dict[str, Any] | DataError:
     try:
-        return episode_row(row)
+        return episode_row(row, most_pictures)
     except DataError as error:
         return error
 
