@@ -125,7 +125,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
                     peak = peak_of(work, rollouts, scale, options.device)
                 rates[str(percent)]["ways"][name] |= {
                     "peak_mib": round(peak, 1),
-                    "pixel_mib": round(work.pixel_bytes / 2**20, 2),
+                    "pixel_mib": round(work.pixel_bytes / 2**20, 4),
                 }
     return report_of(rates, options, sizes, command)
 

@@ -102,11 +102,15 @@ def whole_sums(trainer: VTGRPOTrainer) -> dict[str, float]:
 
 
 def losses(checkpoint: str, out: Path, **changes) -> dict:
-    """STEPS updates on scripted rollouts, whole batches and two micro-batches of them."""
+    """STEPS updates on scripted rollouts: whole batches, and two micro-batches of them whose forward is split further.
+
+    How often it is split depends on the lengths a process has, and those that share weights must agree on a number.
+    """
     seen = {}
     for name, pieces in (("whole", 1), ("accumulated", 2)):
         batch = SAMPLES // int(os.environ.get("WORLD_SIZE", "1")) // pieces
         settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": pieces, **changes}
+        settings["max_packed_tokens"] = None if pieces == 1 else 300
         trainer = make_trainer(checkpoint, out / name, scripted=True, **settings)
         trainer.train()
         log = [entry for entry in trainer.state.log_history if "loss" in entry]
