@@ -158,13 +158,11 @@ def trace_columns(
 
 def segment_of(text: Any) -> str:
     """The reasoning in a text: without answer, tags, boxes and space around. Raises DataError when none is left."""
-    from vt_trl.envs.inline import boxes_in
+    from vt_trl.envs.inline import without_boxes
 
     if not isinstance(text, str):
         raise DataError(f"a text is a {type(text).__name__}")
-    text = _TAG.sub("", _ANSWER.sub("", text))
-    for box in boxes_in(text):
-        text = text.replace(box, "", 1)
+    text = without_boxes(_TAG.sub("", _ANSWER.sub("", text)))
     if not text.strip():
         raise DataError("a text holds no reasoning")
     return text.strip()

@@ -142,7 +142,7 @@ def test_a_checkpoint_is_played_as_it_was_trained(env):
     assert policy.name == {ZoomEnv: "zoom", LookEnv: "look"}[type(env)]
     again = policy.environment(trained_settings(policy, facts), EIGHT)()
     assert type(again) is type(env) and again.prompts.task == env.prompts.task.replace(
-        "in pixels of the image as shown", "in thousandths of the image's width and height"
+        "in pixels of the image as it was shown", "in thousandths of the image's width and height, from 0 to 1000"
     )
     names = ("max_turns", "shape", "max_pictures", "max_images", "rule", "start_scale", "numbered")
     assert [getattr(again, name) for name in names] == [getattr(env, name) for name in names]

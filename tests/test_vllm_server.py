@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -287,4 +288,10 @@ def test_the_real_server_samples_what_training_scores(real, checkpoints):
     pairs = world.episodes()
     assert world.engine.sent == 1
     assert world.worst(pairs) < 1e-4
+    greedy = SamplingSettings(temperature=0.0)
+    request = Request(0, world.prompt(world.small), (world.small,), 12)
+    ((_, whole),) = world.run([request], greedy)
+    stop = world.tokenizer.decode(whole.token_ids[3:5])
+    ((_, stopped),) = world.run([replace(request, stop=(stop,))], greedy)
+    assert stopped.token_ids == whole.token_ids[:5] and stopped.finished
     assert process.poll() is None

@@ -16,6 +16,11 @@ from vt_trl.types import Fault
 
 Box = tuple[float, float, float, float]
 FRAMES = {"shown_pixels": None, "per_mille": (1000.0, 1000.0), "unit": (1.0, 1.0)}  # name -> its sides
+FRAME_WORDS = {  # how a prompt says it
+    "shown_pixels": "in pixels of the image as it was shown",
+    "per_mille": "in thousandths of the image's width and height, from 0 to 1000",
+    "unit": "in shares of the image's width and height, from 0 to 1",
+}
 
 
 @dataclass(frozen=True)

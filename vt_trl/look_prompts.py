@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from vt_trl.boxes import FRAME_WORDS
 from vt_trl.prompts import CALL_FAULTS, Prompts, hermes_system
 from vt_trl.types import Fault
 
@@ -27,12 +28,6 @@ _FAULTS = {
     Fault.NO_SUCH_IMAGE: "There is no image of that number.",
     Fault.OVER_BUDGET: "It would take more room than is left for images.",
     Fault.CALL_AFTER_IMAGE: "The image is at full resolution already.",
-}
-
-_FRAMES = {
-    "shown_pixels": "in pixels of the image as shown",
-    "per_mille": "in thousandths of the image's width and height",
-    "unit": "in shares of the image's width and height, from 0 to 1",
 }
 
 
@@ -66,7 +61,7 @@ class LookPrompts(Prompts):
                 task=(
                     "{question}\n\n"
                     "Reason inside <think> </think>. When a detail matters, write where it is as "
-                    f'{{"bbox_2d": [x1, y1, x2, y2]}}, {_FRAMES[frame]}: that part is then shown to you enlarged, and '
+                    f'{{"bbox_2d": [x1, y1, x2, y2]}}, {FRAME_WORDS[frame]}: that part is then shown enlarged, and '
                     f"you go on. You can do so {times}. Then give the final answer inside <answer> </answer>. For "
                     "mathematics and multiple choice put the value or the letter into \\boxed{} inside the answer."
                 ),

@@ -27,6 +27,13 @@ def boxes_in(text: str) -> list[str]:
     return found
 
 
+def without_boxes(text: str) -> str:
+    """The text with every box taken out."""
+    for box in boxes_in(text):
+        text = text.replace(box, "", 1)
+    return text
+
+
 def parse_segment(said: Sequence[str], text: str, tool: str = ZoomTool.name) -> Reply:
     """What a segment says after the segments ``said`` before it: a box to look at, or the end of the reply.
 

@@ -79,14 +79,11 @@ class LookEnv(TurnsEnv):
         self.start_scale, self.shape, self.max_turns, self.max_pictures = start_scale, shape, turns, pictures
         self.max_image_pixels = max(opening[1], crop_tokens[1]) * cell
         self.numbered = pictures > 1 or "resize" in tools  # more than one picture a call could mean
-        kinds = {"zoom": lambda: ZoomTool(self.numbered, tolerance, min_box_side), "resize": self._scale_tool}
-        self.tools: dict[str, Tool] = {tool.name: tool for tool in (kinds[name]() for name in tools)}
+        known = {"zoom": ZoomTool(self.numbered, tolerance, min_box_side), "resize": ScaleTool(self.numbered)}
+        self.tools: dict[str, Tool] = {known[name].name: known[name] for name in tools}
         base = LookPrompts.usual(shape, list(self.tools.values()), self.sight.boxes, self.max_turns)
         self.prompts = LookPrompts.from_settings(prompts, base=base)
         self.stop_texts = (STOP,) if shape == "inline" else ()
-
-    def _scale_tool(self) -> Tool:
-        return ScaleTool(self.numbered)
 
     @property
     def max_images(self) -> int:

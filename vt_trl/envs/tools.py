@@ -10,15 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from vt_trl.boxes import from_frame, read_box, whole_pixels
+from vt_trl.boxes import FRAME_WORDS, from_frame, read_box, whole_pixels
 from vt_trl.envs.album import Album, View
 from vt_trl.types import Fault
 
-FRAME_WORDS = {
-    "shown_pixels": "in pixels of the image as it was shown",
-    "per_mille": "in thousandths of the image's width and height, from 0 to 1000",
-    "unit": "in shares of the image's width and height, from 0 to 1",
-}
 BOX_KEY = "bbox_2d"
 _IMAGE = {"type": "integer", "description": "Number of an image shown before; images are numbered from 1."}
 

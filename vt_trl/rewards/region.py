@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vt_trl.boxes import overlap
-from vt_trl.envs.inline import boxes_in
+from vt_trl.envs.inline import without_boxes
 from vt_trl.rewards.accuracy import accuracy_reward
 from vt_trl.types import Rollout
 
@@ -81,8 +81,5 @@ def reasoning(messages: Sequence[dict[str, Any]]) -> list[str]:
     found = []
     for message in messages:
         if message["role"] == "assistant":
-            text = _TAG.sub("", _MOVE.sub("", str(message["content"])))
-            for box in boxes_in(text):
-                text = text.replace(box, "", 1)
-            found.append(text.strip())
+            found.append(without_boxes(_TAG.sub("", _MOVE.sub("", str(message["content"])))).strip())
     return found
