@@ -291,7 +291,9 @@ def test_the_real_server_samples_what_training_scores(real, checkpoints):
     greedy = SamplingSettings(temperature=0.0)
     request = Request(0, world.prompt(world.small), (world.small,), 12)
     ((_, whole),) = world.run([request], greedy)
-    stop = world.tokenizer.decode(whole.token_ids[3:5])
+    ids, decode = whole.token_ids, world.tokenizer.decode
+    stop = decode(ids[3:5])
+    end = next(end for end in range(1, len(ids) + 1) if stop in decode(ids[:end]))
     ((_, stopped),) = world.run([replace(request, stop=(stop,))], greedy)
-    assert stopped.token_ids == whole.token_ids[:5] and stopped.finished
+    assert stopped.token_ids == ids[:end] and stopped.finished and end < len(ids) == 12
     assert process.poll() is None
