@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FAMILY_NAMES
+from conftest import FAMILY_NAMES, make_rows, picture
+from datasets import Dataset
 from test_trainer import inputs_of, make_trainer
 from transformers import AutoProcessor
 
+from vt_trl.errors import ConfigError
+from vt_trl.evaluation.rows import play_rows
 from vt_trl.families import family_of
 from vt_trl.generation.base import Sample, ScriptedBackend
+from vt_trl.inference import PolicyModel
 from vt_trl.passes import completion_logprobs
+from vt_trl.pipeline import VisionThinkPipeline
+from vt_trl.policies import parse_policy
 
 BOXES = {"qwen2_5_vl": "[0, 0, 56, 112]", "qwen3_vl": "[0, 0, 500, 1000]"}  # the left half, as the family writes it
 
@@ -79,3 +85,29 @@ def test_a_step_with_looks_inside_the_reasoning(checkpoints, tmp_path, family):
         assert tokenizer.decode(kept) == said + tokenizer.eos_token
     with torch.no_grad():
         assert completion_logprobs(trainer, trainer.model, batch, chunk=2).isfinite().all()
+
+
+def test_a_model_is_made_ready_for_the_pictures_of_its_policy(checkpoint, monkeypatch):
+    """The backend is loaded for the first policy; another that shows more pictures cannot follow on vLLM."""
+    model = PolicyModel(checkpoint, max_turn_tokens=4, max_completion_length=500)
+    look = parse_policy("look").environment({"turns": 3, "min_pixels": 784}, model.sight)
+    row = make_rows(1, (112, 56))[0] | {"images": [picture(1, (112, 56)), picture(2, (56, 112))]}
+    evaluated = play_rows(model.runner(look), Dataset.from_list([row]), model.sampling)
+    (rollout,) = evaluated.rollouts
+    assert model.max_images == 4 + 3 - 1 and [image.size for image in rollout.images] == [(56, 28), (28, 56)]
+    assert look().sight == model.sight
+    zoom = parse_policy("zoom").environment(None, model.sight)
+    model.runner(zoom)  # transformers takes what comes
+    monkeypatch.setattr(PolicyModel, "uses_vllm", True)
+    with pytest.raises(ConfigError, match="shows up to 8 pictures.*vLLM was started for 6"):
+        model.runner(zoom)
+
+
+@pytest.mark.parametrize("shape", ["tool_call", "inline"])
+def test_the_pipeline_plays_a_policy_that_looks(checkpoint, shape):
+    """A random model looks at nothing; what counts is that its turns end where they should, and as what."""
+    arguments = {"shape": shape, "turns": 3}
+    pipe = VisionThinkPipeline(checkpoint, policy="zoom", environment_args=arguments, max_turn_tokens=6)
+    result = pipe(image=picture(1, (112, 112)), question="What?")
+    assert result.status in ("truncated", "no_answer") and result.visual_tokens == 16
+    assert len(result.turns) == 1 and result.generated_tokens <= 6
