@@ -9,6 +9,8 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from helpers import AsksFirst
 from torch.distributed.tensor import DTensor
 from two_processes import ENVIRONMENT, GROUP, ByRowAndMember, by_token, numbered_rows
 
+from benchmarks.rollout_parts import RoundByRound
 from vt_trl.config import VTGRPOConfig
-from vt_trl.generation.base import ScriptedBackend
+from vt_trl.generation.base import Request, SamplingSettings, ScriptedBackend
 from vt_trl.trainer import VTGRPOTrainer
 from vt_trl.types import Done, Observation, RolloutStatus
 
@@ -175,7 +178,31 @@ def tensor_parallel(checkpoint: str, out: Path) -> dict:
         "turns": [len(rollout.turns) for rollout in rollouts],
         "drawn": [list(rollout.turns[0].token_ids) for rollout in rollouts],
         "sums": whole_sums(trainer),
+        "free": greedy_of_uneven_turns(trainer, Uneven(trainer.runner.backend)),
+        "rounds": greedy_of_uneven_turns(trainer, Uneven(RoundByRound(trainer.runner.backend))),
     }
+
+
+class Uneven:
+    """A backend whose turns have 2, 9, 16 or 23 tokens, by the number of their rollout."""
+
+    def __init__(self, backend: Any):
+        self.backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def submit(self, request: Request) -> None:
+        self.backend.submit(replace(request, max_new_tokens=2 + 7 * (request.request_id % 4)))
+
+
+def greedy_of_uneven_turns(trainer: VTGRPOTrainer, backend: Any) -> list[list[list[int]]]:
+    """Tokens of each turn of this process's rows, two rollouts each."""
+    runner = copy(trainer.runner)
+    runner.backend = backend
+    rows = list({rollout.row["id"]: rollout.row for rollout in trainer.last_rollouts}.values())
+    rollouts = runner.run(rows, 2, SamplingSettings(temperature=0.0))
+    return [[list(turn.token_ids) for turn in rollout.turns] for rollout in rollouts]
 
 
 JOBS = {"tensor_parallel": tensor_parallel, "losses": losses, "adam": adam, "uneven": uneven, "resumed": resumed}

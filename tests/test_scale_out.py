@@ -145,3 +145,11 @@ def test_two_processes_share_one_vllm_engine(tmp_path):
     assert len({tuple(ids) for ids in first["drawn"]}) > 4  # members of a group differ
     assert len(first["gaps"]) == 2 and max(first["gaps"] + second["gaps"]) < 1e-4
     assert first["sums"] == second["sums"]
+    for one, turns in ((first, 2), (second, 1)):  # and turns that end at different times give what rounds of them give
+        assert one["free"] == one["rounds"]
+        assert [list(map(len, found)) for found in one["free"]] == [
+            [2] * turns,
+            [9] * turns,
+            [16] * turns,
+            [23] * turns,
+        ] * 2
