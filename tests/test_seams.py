@@ -24,9 +24,9 @@ SIGNATURES = {
         "compute_aux_loss=False, pixel_values=None, image_grid_thw=None, num_images=None, pixel_attention_mask=None, "
         "spatial_shapes=None, num_tiles=None, image_sizes=None, token_type_ids=None, mm_token_type_ids=None, "
         "image_position_ids=None",
-        "passes.py, which calls it",
+        "update.py, which overrides it for the loss",
     ),
-    f"{GRPO}._prepare_inputs": ("self, generation_batch", "packing.py, whose batch it shuffles and splits"),
+    f"{GRPO}._prepare_inputs": ("self, generation_batch", "update.py, which overrides it"),
     f"{GRPO}._calculate_rewards": (
         "self, inputs, prompts, completions, completion_ids_list",
         "trainer.py, which calls it",
@@ -54,10 +54,6 @@ SIGNATURES = {
     f"{UTILS}:pad": ("tensors, padding_value=0, padding_side='right', pad_to_multiple_of=None", "packing.py"),
     f"{UTILS}:use_adapter": ("model, adapter_name", "passes.py"),
     f"{UTILS}:ensure_master_addr_port": ("addr=None, port=None", "generation/vllm_engine.py"),
-    f"{UTILS}:split_pixel_values_by_grid": ("batch", "packing.py, whose pixel fields it splits by sample"),
-    f"{UTILS}:unsplit_pixel_values_by_grid": ("batch", "packing.py, whose pixel fields it joins again"),
-    f"{UTILS}:shuffle_sequence_dict": ("seq_dict", "packing.py, whose batch it shuffles"),
-    f"{UTILS}:split_tensor_dict": ("tensor_dict, num_chunks", "packing.py, whose batch it splits into steps"),
     f"{UTILS}:add_fused_lm_head": (
         "model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=('log_probs',)",
         "token_ban.py, whose bias has to reach it",
@@ -133,14 +129,7 @@ def test_one_generation_serves_the_steps_that_the_old_logprobs_are_kept_for():
     source = inspect.getsource(find(seam))
     rule = "self.args.steps_per_generation * self.num_iterations"
     assert rule in source, moved(
-        seam, f"generates every {rule} steps", "some other rule", "passes.py (generate_every)"
-    )
-    order = [
-        source.find(f"{name}(")
-        for name in ("split_pixel_values_by_grid", "shuffle_sequence_dict", "split_tensor_dict")
-    ]
-    assert min(order) >= 0 and order == sorted(order), moved(
-        seam, "splits pictures by sample, shuffles, splits into steps", "some other order", "packing.py"
+        seam, f"generates every {rule} steps", "some other rule", "update.py and passes.py (generate_every)"
     )
 
 
