@@ -219,6 +219,13 @@ class Ours(Work):
         finally:
             forward.cache = cache
 
+    def pictures(self, rollouts: list[Rollout]) -> None:
+        """The image processor on every picture object once."""
+        self.trainer.features.clear()
+        for one in rollouts:
+            for image in one.images:
+                self.trainer.features.patches(image)
+
     def preprocess(self, rollouts: list[Rollout], advantages: torch.Tensor) -> None:
         trainer = self.trainer
         trainer.features.clear()
@@ -276,19 +283,22 @@ class Stock(Work):
         )
         self.trainer.model.train()
 
-    def preprocess(self, rollouts: list[Rollout], advantages: torch.Tensor) -> None:
+    def pictures(self, rollouts: list[Rollout]) -> Any:
         """The image processor is called as often, and on as many pictures, as by TRL when tools return pictures:
         ``_tokenize_prompts`` on all prompts; ``_get_tool_suffix_ids`` on each tool picture; ``_tool_call_loop`` on all
         pictures of the rollouts that called; ``_generate_and_score_completions`` on all pictures of all rollouts."""
-        trainer, device = self.trainer, self.trainer.accelerator.device
-        process = trainer.processing_class.image_processor
+        process = self.trainer.processing_class.image_processor
         calling = [one for one in rollouts if len(one.images) > 1]
         process(images=[one.images[0] for one in rollouts], return_tensors="pt")
         for one in calling:
             process(images=[one.images[1]], return_tensors="pt")
         if calling:
             process(images=[image for one in calling for image in one.images], return_tensors="pt")
-        pictures = process(images=[image for one in rollouts for image in one.images], return_tensors="pt")
+        return process(images=[image for one in rollouts for image in one.images], return_tensors="pt")
+
+    def preprocess(self, rollouts: list[Rollout], advantages: torch.Tensor) -> None:
+        trainer, device = self.trainer, self.trainer.accelerator.device
+        pictures = self.pictures(rollouts)
 
         def stack(values: list[list[int]], fill: int, side: str) -> torch.Tensor:
             return pad([torch.tensor(one) for one in values], fill, side).to(device)
