@@ -22,6 +22,7 @@ from vt_trl import cli
 from vt_trl.errors import ConfigError
 from vt_trl.export import export
 from vt_trl.hub import published_files
+from vt_trl.run_notes import RunNotes
 
 TOLERANCE = 1e-4  # absolute, on logits in fp32, between a merged adapter and one that is applied
 
@@ -122,6 +123,8 @@ def test_checkpoints_by_name(finished, which, step, tmp_path):
     model, *_ = load(out)
     assert all(torch.equal(value, finished.seen[step][name]) for name, value in model.state_dict().items())
     assert f"Step {step}." in (out / "README.md").read_text()
+    notes, trained = RunNotes.read(out), RunNotes.read(finished.out)
+    assert (notes.step, notes.environment) == (step, trained.environment) and trained.environment
 
 
 def test_another_type_of_numbers(finished, tmp_path):

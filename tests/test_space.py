@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SPACE = ROOT / "demos" / "space"
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"> ${document.title='owned'} {{constructor}}"
 SENT = ".image-frame img"  # the picture in the field, which has reached the server by then
-REPLIES = {"Which letter?": [CALL, answer("A")], "How many?": [answer("7")], HOSTILE: [answer(HOSTILE)]}
+REPLIES = [("Which letter?", [CALL, answer("A")]), ("How many?", [answer("7")]), (HOSTILE, [answer(HOSTILE)])]
 
 
 @pytest.fixture(scope="module")

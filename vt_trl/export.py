@@ -72,6 +72,7 @@ def export(
         _write_generation_config(source, staged, adapter)
         notes.adapter = adapter is not None
         (staged / "README.md").write_text(render_card(notes, push or out.name, merged=merged), encoding="utf-8")
+        notes.write(staged)  # prompts, resolution and limits, for whoever plays the exported model
         os.replace(staged, out)
     finally:
         shutil.rmtree(staged, ignore_errors=True)

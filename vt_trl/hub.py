@@ -22,6 +22,7 @@ from vt_trl.card import render_card
 from vt_trl.checkpoints import MANIFEST, write_manifest
 from vt_trl.errors import CheckpointError
 from vt_trl.judges.redact import redacted
+from vt_trl.run_notes import FILE as NOTES
 from vt_trl.run_notes import NoteKeeper, secrets_of
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 PUBLISHED = (
     *WEIGHTS,
+    NOTES,  # without them, nobody would ask the model as it was trained
     "generation_config.json",
     "README.md",
     "LICENSE*",
@@ -113,7 +115,9 @@ class HubTrainer:
             settings.save_pretrained(folder)
             self._write_card(folder)
             if not self._saving:  # card and notes are written again by a run that goes on
-                write_manifest(folder, [path for path in published_files(folder) if path.name != "README.md"])
+                write_manifest(
+                    folder, [path for path in published_files(folder) if path.name not in ("README.md", NOTES)]
+                )
         if self.args.push_to_hub and not _internal_call:
             self._push_saved(folder, "Model save")
 

@@ -25,6 +25,7 @@ from vt_trl.images import load_image
 from vt_trl.inference import PolicyModel
 from vt_trl.policies import parse_policy, trained_policy
 from vt_trl.rollout import Step
+from vt_trl.transcripts import Transcript
 from vt_trl.types import Rollout, Turn
 
 _NEEDED = {"image", "question"}
@@ -90,6 +91,10 @@ class PipelineResult:
             pictures=tuple(rollout.images),
             rollout=rollout,
         )
+
+    def _repr_html_(self) -> str:
+        """How notebooks show it: the whole episode, with its pictures."""
+        return Transcript.of(self.rollout)._repr_html_()
 
 
 class VisionThinkPipeline:

@@ -39,7 +39,6 @@ HERE = Path(__file__).resolve().parent
 KEPT_SECONDS = 3600  # uploaded pictures are deleted after that
 CSS = """
 #shown .html-container { padding: 0; min-height: 4rem; }
-.episodes { color: var(--ink); }
 .episodes .spent { padding: 1rem 1.15rem; margin: 0 0 1rem; }
 .spent .answer { font-size: 1.25rem; font-weight: 600; margin: 0 0 .75rem; overflow-wrap: anywhere; max-width: none;
   unicode-bidi: isolate; }

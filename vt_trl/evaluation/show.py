@@ -22,7 +22,8 @@ def evaluate_and_show(plan: Plan, out: str | Path, paper: bool = False, console:
     """Evaluate, write the report page, and print the results, as a table or in the paper's layout."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = console or Console()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    # As on a terminal in a notebook, too: there a bar that redirects what is printed would print itself without end.
+    with Progress(*columns, console=Console(stderr=True, force_jupyter=False)) as bar:
         tasks: dict[str, Any] = {}
 
         def advance(label: str, done: int, rows: int) -> None:

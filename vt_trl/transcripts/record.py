@@ -112,6 +112,12 @@ class Transcript:
     def finished(self) -> bool:
         return self.status != UNDER_WAY
 
+    def _repr_html_(self) -> str:
+        """How notebooks show it."""
+        from vt_trl.transcripts.show import embed_transcript
+
+        return embed_transcript(self)
+
     @classmethod
     def of(
         cls,

@@ -82,4 +82,12 @@ def page_css(within: str = "") -> Markup:
     what an episode in a page of somebody else's needs. A selector is code: take none from data.
     """
     source, _, _ = environment().loader.get_source(environment(), "transcript.css")
-    return Markup(f"{within} {{ {source.replace(':root', '&')} }}" if within else source)
+    if not within:
+        return Markup(source)
+    return Markup(f"{within} {{ color: var(--ink); {source.replace(':root', '&')} }}")
+
+
+def embed_transcript(transcript: Transcript) -> Markup:
+    """One episode that brings its style along, for a notebook or a page of somebody else's."""
+    html = Markup('<div class="episodes"><style>{}</style>{}</div>')
+    return html.format(page_css(".episodes"), render_transcript(transcript))
