@@ -78,7 +78,7 @@ def done(tmp_path_factory) -> SimpleNamespace:
     model, rows = str(taught(folder / "model", moves, enough=0.5)), str(data_set(folder / "rows"))
     small = {"environment_args": {"prompts": SHORT_PROMPTS, "min_pixels": 3136}, "dtype": "float32", "bf16": False}
     small |= {"use_cpu": True, "use_vllm": False, "gradient_checkpointing": False, "max_turn_tokens": 8}
-    small |= {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "learning_rate": 0.01, "lora_r": 4}
+    small |= {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "learning_rate": 0.001, "lora_r": 4}
     options = ["--device", "cpu", "--backend", "transformers"]
     export = str(folder / "run-export")
     books = {
@@ -151,7 +151,8 @@ def test_the_evaluation_has_sane_numbers(done):
     assert own["visual_tokens"] == 4 + 16 * own["request_rate"] and own["accuracy"] == own["request_rate"]
     shown = pages(done.evaluate)
     assert any("visual_tokens_share" in html and "always-low" in html for html in shown)
-    assert any("<article>" in html and "56 × 56 px, 4 visual tokens" in html for html in shown)
+    episodes = [html for html in shown if "<article>" in html]
+    assert episodes and all("56 × 56 px, 4 visual tokens" in html and "answered" in html for html in episodes)
 
 
 def test_a_question_is_answered(done):
