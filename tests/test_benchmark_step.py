@@ -96,3 +96,24 @@ def test_the_fitted_speed_is_exact_where_the_model_is(speeds):
         "seconds": {"stock": 4.0 * scale, "vt_trl": 1.0 * scale},
     }
     assert growth.fit([point(1), point(5)]) == {"stock": speeds[0], "vt_trl": speeds[1]}
+
+
+def test_committed_figures_are_those_of_the_pages():
+    report = json.loads((RESULTS / "benchmark_step.json").read_text(encoding="utf-8"))
+    grown = json.loads((RESULTS / "benchmark_growth.json").read_text(encoding="utf-8"))
+    readme = (RESULTS.parent.parent / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    page = (RESULTS.parent / "performance.md").read_text(encoding="utf-8")
+    for rate, found in report["rates"].items():
+        ours, stock = found["ways"]["vt_trl"], found["ways"]["stock"]
+        ratio, low, high = ours["ratio_training"]
+        assert report["ratio_update"][rate] == ratio
+        assert f"| step | update in seconds, {rate}% ask | {ours['training']:.1f} | {stock['training']:.1f} |" in readme
+        assert f"| {rate}% | {ratio:.2f} ({low:.2f}-{high:.2f}) |" in page
+    for name, ways in report["rates"]["40"]["ways"].items():
+        ratio, low, high = ways["ratio_training"]
+        assert f"| {name} | {ratio:.2f} ({low:.2f}-{high:.2f}) | {ways['peak_mib']:.0f} |" in page
+    for figure in (report["ratio_preprocess"], report["ratio_pixels"], report["ratio_peak_memory"]):
+        assert f"{figure:.1f} times" in page
+    for one in grown["points"]:
+        assert f"| {one['sweep']} | {one['value']} | {one['ratio'][0]:.2f} | {one['ratio_on_paper']:.2f} |" in page
+    assert grown["versions"]["trl"] == report["versions"]["trl"] == "1.16.0"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from trl import GRPOTrainer
+from transformers import Trainer
 
 from vt_trl.forward import PolicyForward
 from vt_trl.forward.batches import loss_mask, micro_batches, without_idle
@@ -15,7 +15,7 @@ from vt_trl.forward.batches import loss_mask, micro_batches, without_idle
 PER_SEQUENCE_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
 
 
-class UpdatingTrainer(GRPOTrainer):
+class UpdatingTrainer(Trainer):
     """Mixin for a GRPO trainer whose batches are those of :func:`vt_trl.packing.pack`; ``forward`` scores them."""
 
     forward: PolicyForward

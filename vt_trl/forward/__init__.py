@@ -63,7 +63,7 @@ class PolicyForward:
     def score(self, model: nn.Module, batch: dict[str, Any], aux_loss: bool = False) -> Scores:
         """Scores of the loss tokens of ``batch``, 0 elsewhere; rows without loss tokens are left out of the forward.
 
-        A collective where processes share their weights.
+        A collective.
         """
         policy, mask = self._policy(model), self._labelled(batch)
         rows = mask.any(dim=1).nonzero()[:, 0].tolist() or [0]  # one at least: every process takes part in a forward
@@ -89,10 +89,10 @@ class PolicyForward:
             return [list(rows)]
         lengths, prompts = token_counts(batch), batch["prompt_mask"].sum(1).tolist()
         parts = split(by_prompt(batch, rows), lengths, prompts, limit)
-        if self.sharded:
-            wanted = torch.tensor([len(parts)], device=self.trainer.accelerator.device)
-            most = int(self.trainer.accelerator.gather(wanted).max())
-            parts = as_many(parts, most)
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes > 1:  # DDP exchanges buffers in every forward, and sharding weights
+            wanted = torch.tensor([len(parts)], device=accelerator.device)
+            parts = as_many(parts, int(accelerator.gather(wanted).max()))
         return parts
 
     @torch.no_grad()
