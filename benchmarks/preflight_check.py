@@ -2,10 +2,10 @@
 
 Tiny models of both families take one training step each, in every combination of batch, length, adapter and gradient
 checkpointing, and every allocation is recorded: by torch's profiler on a CPU, by the caching allocator's statistics on
-a GPU (``--device cuda``). The same step is estimated by :mod:`vt_trl.preflight`, and the relative errors are written
-down. With ``--config FOLDER`` layers as wide as those of a real model are measured, too: one decoder and two vision
-layers with random weights and a small vocabulary. Last, this library's trainer generates twice, and the tensors it
-holds are compared.
+a GPU (``--device cuda``). Batches are padded, as with ``share_prefix: false``, or packed by this library itself.
+The same step is estimated by :mod:`vt_trl.preflight`; relative errors are written down. With ``--config FOLDER``
+layers as wide as those of a real model are measured, too: one decoder and two vision layers with random weights and a
+small vocabulary. Last, this library's trainer generates twice, and the tensors it holds are compared.
 
 Nothing is tuned per case: the formulas are those that ``vt-trl preflight`` uses.
 """
@@ -13,14 +13,13 @@ Nothing is tuned per case: the formulas are those that ``vt-trl preflight`` uses
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +28,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from benchmarks.preflight_cases import Case, few_wide_layers, tiny_cases, wide_cases
+from benchmarks.preflight_packed import packed_forward, packed_micro_batch
 from benchmarks.preflight_trainer import trainer_rollouts
 from vt_trl.families import Family, family_of
 from vt_trl.fused_head import labelled_positions_only
@@ -52,71 +53,6 @@ NOTE = (
 )
 
 
-@dataclass(frozen=True)
-class Case:
-    """One training step: how the model is trained, and on what."""
-
-    name: str
-    samples: int
-    text: int  # tokens per sample besides the picture
-    picture: tuple[int, int]  # width and height in pixels, one picture per sample
-    lora: str = "none"
-    train_vision: bool = True
-    checkpointing: bool = False
-    padded: bool = True
-    dtype: str = "float32"
-    autocast: bool = False
-
-
-def tiny_cases(small: bool = False) -> list[Case]:
-    """Two batches and lengths, all weights and adapters, with and without checkpointing, and 16 bits."""
-    shapes = [(2, 96, (112, 168))] if small else [(2, 96, (112, 168)), (4, 320, (224, 336))]
-    cases = []
-    for samples, text, picture in shapes:
-        for lora in ("none", "language", "all"):
-            for checkpointing in (False, True):
-                name = f"{'full' if lora == 'none' else 'LoRA ' + lora}, {samples} x {text}"
-                name += ", checkpointing" if checkpointing else ""
-                cases.append(Case(name, samples, text, picture, lora, checkpointing=checkpointing))
-    if small:
-        return [case for case in cases if case.checkpointing == (case.lora == "language")][:2]
-    samples, text, picture = shapes[-1]
-    frozen = Case("frozen vision", samples, text, picture, train_vision=False)
-    even = Case("full, no padding", samples, text, picture, padded=False)
-    bf16 = Case("full, bf16", samples, text, picture, dtype="bfloat16")
-    mixed = Case("full, fp32 under autocast", samples, text, picture, autocast=True)
-    adapter = Case("LoRA all, bf16 under autocast", samples, text, picture, "all", dtype="bfloat16", autocast=True)
-    return [*cases, frozen, even, bf16, mixed, adapter]
-
-
-def wide_cases() -> list[Case]:
-    """For layers of a real model: in fp32, which a CPU multiplies much faster than bf16."""
-    shape = (2, 64, (168, 168))
-    return [
-        Case("full", *shape),
-        Case("full, checkpointing", *shape, checkpointing=True),
-        Case("LoRA language, checkpointing", *shape, lora="language", checkpointing=True),
-    ]
-
-
-def few_wide_layers(config: PretrainedConfig) -> PretrainedConfig:
-    """A real model's configuration with one decoder layer, two vision layers and 2048 words."""
-    config = copy.deepcopy(config)
-    text, vision = config.get_text_config(), config.vision_config
-    text.num_hidden_layers, text.vocab_size, vision.depth = 1, 2048, 2
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
-    for name, value in {"fullatt_block_indexes": [1], "deepstack_visual_indexes": [0]}.items():
-        if hasattr(vision, name):
-            setattr(vision, name, value)
-    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    for token, name in enumerate(ids, start=2000):
-        setattr(config, name, token)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(text, name, 0)
-    return config
-
-
 # Measuring
 
 
@@ -127,15 +63,19 @@ def measure(config: PretrainedConfig, model_path: Path | None, case: Case, devic
     meter = Meter(device)
     model = _model(config, model_path, case, run, family, device)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    inputs = _inputs(config, case, device)
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16) if case.autocast else nullcontext()
+    if case.group:
+        forward, pixels = packed_forward(config, model, case.groups(widths(config)), device, nullcontext())
+    else:
+        inputs = _inputs(config, case, device)
+        forward, pixels = partial(model, **inputs), [inputs["pixel_values"]]
     with labelled_positions_only():
-        loss(model, inputs, autocast).backward()  # gradients exist from now on, as in every micro-batch but the first
+        loss(forward, autocast).backward()  # gradients exist from now on, as in every micro-batch but the first
         with meter.section("passes"), torch.no_grad(), autocast:
-            model(**inputs)
+            forward()
         with meter.section("forward"):
-            value = loss(model, inputs, autocast)
+            value = loss(forward, autocast)
         with meter.section("backward"):
             value.backward()
     del value
@@ -146,7 +86,7 @@ def measure(config: PretrainedConfig, model_path: Path | None, case: Case, devic
         "weights": nbytes(model.parameters()),
         "gradients": gradients,
         "optimizer": nbytes(states),
-        "pixels": nbytes([inputs["pixel_values"]]),
+        "pixels": nbytes(pixels),
         "kept": meter.live["forward"],
         "passes": meter.peak["passes"],
         "forward": meter.peak["forward"],
@@ -154,10 +94,10 @@ def measure(config: PretrainedConfig, model_path: Path | None, case: Case, devic
     }
 
 
-def loss(model: Any, inputs: dict[str, Any], autocast: Any) -> torch.Tensor:
+def loss(forward: Callable[[], Any], autocast: Any) -> torch.Tensor:
     """A number that depends on every log-probability and entropy, as GRPO's loss does."""
     with autocast:
-        output = model(**inputs)
+        output = forward()
         return (output.log_probs - 0.01 * output.entropy).sum()
 
 
@@ -195,7 +135,7 @@ def _model(
 def _inputs(config: PretrainedConfig, case: Case, device: torch.device) -> dict[str, Any]:
     """A batch like the trainer's: one picture per sample; the second half of the text is the completion."""
     w = widths(config)
-    rows, columns = case.picture[1] // w.factor * w.merge, case.picture[0] // w.factor * w.merge
+    rows, columns = case.grid(w)
     visual = rows * columns // w.merge**2
     length = visual + case.text
     generator = torch.Generator().manual_seed(0)
@@ -231,11 +171,13 @@ def estimated(config: PretrainedConfig, case: Case, triton: bool) -> dict[str, i
     run = _run(case)
     w, counts = widths(config), count(config, run)
     p = _precision(case)
-    rows, columns = case.picture[1] // w.factor * w.merge, case.picture[0] // w.factor * w.merge
+    rows, columns = case.grid(w)
     patches = case.samples * rows * columns
     length = rows * columns // w.merge**2 + case.text
     labelled = case.samples * (case.text // 2)
     batch = MicroBatch(case.samples, length, labelled, patches, case.samples, case.padded)
+    if case.group:
+        batch = packed_micro_batch(config, case.groups(w), gathered=triton and p.residual == 2)
     training = training_of(run, counts, case.checkpointing, "sdpa")
     step = training_step(w, counts, batch, p, training, triton)
     frozen = counts.total - counts.trained
@@ -243,7 +185,7 @@ def estimated(config: PretrainedConfig, case: Case, triton: bool) -> dict[str, i
         "weights": counts.trained * p.trained + frozen * p.frozen,
         "gradients": counts.trained * p.gradient,
         "optimizer": round(counts.trained * p.state),
-        "pixels": patches * w.patch * 4,
+        "pixels": batch.patches * w.patch * 4,
         "kept": step.kept,
         "passes": step.passes,
         "forward": step.forward,

@@ -39,7 +39,7 @@ def trainer_rollouts(model_path: Path) -> tuple[dict[str, int], dict[str, int]]:
     patches = visual * setup.widths.merge**2
     episode = Episode(lengths[0] - visual, visual, 0, 0, lengths[1], patches, 1, patches, 1)
     batch = rollouts(setup, episode, patches)
-    estimate = {"rollouts": batch.total, "splitting": 2 * batch.total + batch.pixels}
+    estimate = {"rollouts": batch.total, "splitting": 2 * batch.total + batch.tokens}
     return {"rollouts": trainer.held, "splitting": trainer.most}, estimate
 
 
@@ -58,12 +58,12 @@ def _trainer(model_path: Path, folder: Path) -> Any:
             return self.made
 
         def _prepare_inputs(self, batch: Any) -> dict[str, Any]:
-            old, self.made = nbytes(tensors_in(self._buffered_inputs)), None
+            old, self.made = list(tensors_in(self._buffered_inputs)), None
             inputs = super()._prepare_inputs(batch)
-            self.held = nbytes(tensors_in(self._buffered_inputs))
+            parts = list(tensors_in(self._buffered_inputs))
+            self.held = nbytes(parts)
             if old and self.made is not None:
-                copies = nbytes(tensors_in([part["pixel_values"] for part in self._buffered_inputs]))
-                self.most = max(self.most, old + nbytes(tensors_in(self.made)) + copies)
+                self.most = max(self.most, nbytes([*old, *tensors_in(self.made), *parts]))  # pixels: one storage
             return inputs
 
     generator = torch.Generator().manual_seed(0)

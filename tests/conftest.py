@@ -46,6 +46,21 @@ def eight(shared):
     return AutoConfig.from_pretrained(shared / "qwen" / "qwen3-vl-8b")
 
 
+@pytest.fixture
+def setup_of(seven):
+    """A recipe as the preflight sees it: ``setup_of("efficient_lora", *overrides, launch=…, gpu=GiB)``."""
+    from vt_trl.preflight import Launch, Setup
+    from vt_trl.preflight.planned import parse_planned
+
+    def make(recipe, *overrides, launch=None, gpu=None, **kwargs):
+        launch = launch or Launch()
+        path = Path(__file__).resolve().parents[1] / "recipes" / f"{recipe}.yaml"
+        run, args = parse_planned(path, overrides, launch.processes)
+        return Setup(run, args, seven, launch, None if gpu is None else round(gpu * 2**30), **kwargs)
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny random checkpoint of each family: family name -> folder."""

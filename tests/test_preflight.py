@@ -13,13 +13,12 @@ from vt_trl.config import VTGRPOConfig
 from vt_trl.envs import Environment
 from vt_trl.envs.base import user
 from vt_trl.errors import ConfigError
-from vt_trl.preflight import PixelLimits, Setup, Workload, check_run, estimate, preflight, tables
+from vt_trl.preflight import PixelLimits, Workload, check_run, estimate, preflight, tables
 from vt_trl.preflight.advice import CONFIG, advise, changed
 from vt_trl.preflight.counts import widths
 from vt_trl.preflight.engines import GIB
 from vt_trl.preflight.episodes import visual_patches
 from vt_trl.preflight.launch import Launch, launch_from_environment, launch_from_file
-from vt_trl.preflight.planned import parse_planned
 from vt_trl.preflight.precision import precision, state_bytes
 from vt_trl.recipe import RunArguments
 
@@ -27,16 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 SEVEN = 8_292_166_656  # weights of Qwen2.5-VL-7B; its card says 8.29B
 SHARDED = Launch(8, "zero3")
-
-
-@pytest.fixture
-def setup_of(seven):
-    def make(recipe: str, *overrides: str, launch: Launch | None = None, gpu: float | None = None, **kwargs) -> Setup:
-        launch = launch or Launch()
-        run, args = parse_planned(RECIPES / f"{recipe}.yaml", overrides, launch.processes)
-        return Setup(run, args, seven, launch, None if gpu is None else round(gpu * GIB), **kwargs)
-
-    return make
 
 
 def plain(**settings) -> RunArguments:
@@ -100,14 +89,21 @@ def test_precision_of_plain_runs(setup_of):
     assert (adapter.frozen, adapter.trained, adapter.compute, adapter.residual) == (2, 4, 2, 2)
 
 
-def test_kept_activations_of_a_checkpointed_7b_step(setup_of):
+@pytest.mark.parametrize("packed", (True, False), ids=("packed", "padded"))
+def test_kept_activations_of_a_checkpointed_7b_step(setup_of, packed):
     """A layer keeps its input in bf16; the rest is the last norm, sines and cosines, the mask, and the merger."""
-    setup = setup_of("efficient_full", launch=SHARDED)
+    smaller = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "32")
+    setup = setup_of("efficient_full", *smaller, "--share_prefix", str(packed).lower(), launch=SHARDED)
+    setup = changed(setup, max_packed_tokens=None)
     load = estimate(setup).longest
-    length, h, v = load.episode.tokens, 3584, 1280
-    tokens, patches = 2 * length, 2 * load.episode.patches
-    norm, rotary, mask = tokens * (4 + 2) * h, 2 * tokens * 128 * 2, 2 * length**2
+    episode, h, v = load.episode, 3584, 1280
+    tokens, mask = 2 * episode.tokens, 2 * episode.tokens**2
+    if packed:  # the prompt once, but for its last token; a place for each gathered key instead of a mask
+        known = episode.prompt - 1
+        tokens, mask = known + 2 * episode.completion, 8 * (known + 2 * (known + episode.completion))
+    norm, rotary = tokens * (4 + 2) * h, 2 * tokens * 128 * 2
     assert load.step.language == 28 * tokens * h * 2 + norm + rotary + mask
+    patches = episode.patches  # one prompt, one full view
     merger = (4 + 2) * v + 2 * v + 2 * 2 * v  # norm, input, both sides of the GELU
     assert load.step.vision == patches * (32 * v * 2 + 2 * 80 * 4 + 1176 * 2 + merger)
 
@@ -117,7 +113,9 @@ def test_pixels_of_a_generation(setup_of):
     patches = (2044 // 14) ** 2  # 2048 x 2048, in steps of 28 pixels
     assert setup.longest.patches == patches and setup.longest.visual == patches // 4
     assert setup.generated == 8192 // 8
-    assert estimate(setup).longest.rollouts.pixels == 1024 * patches * 1176 * 4
+    assert estimate(setup).longest.rollouts.pixels == 1024 // 16 * patches * 1176 * 4
+    each = setup_of("general_gpt4o", "--share_images", "false", launch=SHARDED)
+    assert estimate(each).longest.rollouts.pixels == 1024 * patches * 1176 * 4
 
 
 def test_engine_takes_its_share_and_caches_what_is_left(setup_of):
@@ -143,18 +141,20 @@ def test_tokens_per_step(setup_of):
     tokens = estimated.tokens
     assert tokens.rollouts == 64 and tokens.updates == 16
     assert tokens.visual == 64 * (361 + 0.5 * 1369) and tokens.sampled == 64 * 1.5 * 150
-    assert tokens.padded > tokens.total
+    assert tokens.computed < tokens.total  # prompts are computed once per micro-batch
+    alone = setup_of("efficient_full", "--share_prefix", "false", launch=SHARDED)
+    assert estimate(alone).tokens.computed > tokens.total
 
 
 # Monotony
 
 
 @pytest.mark.parametrize("more", [
-    {"environment_args": {"max_pixels": 5_000_000}}, {"max_turn_tokens": 2048}, {"per_device_train_batch_size": 4},
+    {"environment_args": {"max_pixels": 5_000_000}}, {"max_turn_tokens": 2048}, {"per_device_train_batch_size": 32},
     {"gradient_checkpointing": False}, {"beta": 0.0},
 ], ids=lambda more: next(iter(more)))  # fmt: skip
 def test_more_is_not_less(setup_of, more):
-    less = setup_of("efficient_lora", gpu=80)
+    less = changed(setup_of("efficient_lora", gpu=80), max_packed_tokens=None)
     before, after = (estimate(one).longest for one in (less, changed(less, **more)))
     if "beta" in more:
         before, after = after, before

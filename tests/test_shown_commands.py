@@ -102,7 +102,11 @@ def check_arguments(words: list[str]) -> None:
 def test_commands_are_found():
     assert ("smoke.yaml", "accelerate launch -m vt_trl recipes/smoke.yaml --model MODEL --dataset ROWS") in shown()
     assert ("CONTRIBUTING.md", "make test-vllm") in shown()
-    assert any("--vllm_gpu_memory_utilization 0.3" in line for file, line in shown() if file == "README.md")
+    assert any(
+        "--per_device_train_batch_size 2 --gradient_accumulation_steps 32" in line
+        for file, line in shown()
+        if file == "README.md"
+    )
 
 
 @pytest.mark.parametrize(("file", "line"), shown())

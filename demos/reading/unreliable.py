@@ -20,6 +20,7 @@ class UnreliableEnv(ResizeEnv):
     """ResizeEnv whose tool shows an empty grey picture, not the full one, with probability 1 - ``reliability``."""
 
     any_pictures = False
+    same_replies = False
 
     def __init__(self, reliability: float = 1.0, prompts: Mapping[str, str] | None = None, **resolution: int):
         if not 0 <= reliability <= 1:

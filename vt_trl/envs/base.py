@@ -37,6 +37,8 @@ class Environment(ABC):
     stop_texts: tuple[str, ...] = ()  # texts at which a turn may end, besides the family's stop token
     sighted: bool = False  # it is built with ``sight``, how the model sees pictures (:class:`vt_trl.boxes.Sight`)
     max_pictures: int = 1  # of a row, in training; further ones make a bad row
+    # Whatever a group's members do, a tool shows all of them the same picture objects (the memory estimate asks).
+    same_replies: bool = False
     any_pictures: bool = False  # it also plays rows whose ``images`` are several or none (:func:`pictures_of`)
 
     @abstractmethod

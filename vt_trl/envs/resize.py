@@ -25,6 +25,7 @@ class ResizeEnv(TurnsEnv):
     """
 
     any_pictures = True
+    same_replies = True  # the full view, of which forks share one
     tool_name = "resize_image"
     tool_arguments = {"action": "resize"}
     max_turns = 2

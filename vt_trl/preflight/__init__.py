@@ -27,6 +27,7 @@ from vt_trl.preflight.advice import Advice, advise
 from vt_trl.preflight.engines import GIB
 from vt_trl.preflight.episodes import PixelLimits, Workload
 from vt_trl.preflight.estimate import Estimate, estimate
+from vt_trl.preflight.faster import speed_remarks
 from vt_trl.preflight.flops import Machine
 from vt_trl.preflight.launch import Launch, launch_from_environment, launch_from_file
 from vt_trl.preflight.planned import given_settings, parse_planned
@@ -164,7 +165,7 @@ def _remarks(estimated: Estimate) -> list[str]:
         )
     if estimated.judge.note:
         remarks.append(estimated.judge.note)
-    return remarks
+    return remarks + speed_remarks(estimated)
 
 
 def gpu_bytes() -> int | None:

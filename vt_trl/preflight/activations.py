@@ -19,6 +19,10 @@ and per patch of a vision layer of Qwen2.5-VL, with v hidden, m intermediate (Qw
     gated MLP        e v input + 4 e m
 
 With gradient checkpointing a layer keeps its input alone, and one layer at a time is computed again.
+
+A packed row (:mod:`vt_trl.forward`) has no padding and no mask over all of it. On a GPU in half precision its keys and
+values are gathered once per branch, prompt included, and kept instead of those of the row. Elsewhere attention runs
+branch by branch: with joined keys and values for every query head, and a mask for each branch.
 """
 
 from __future__ import annotations
@@ -33,18 +37,47 @@ TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
 
 
 @dataclass(frozen=True)
+class Packing:
+    """The segments of a packed row (:mod:`vt_trl.forward.layout`): (queries, keys) of each, a prompt's keys included.
+
+    ``gathered``: one call of the kernel for variable lengths; otherwise one call of SDPA per segment.
+    """
+
+    segments: tuple[tuple[int, int], ...]
+    gathered: bool
+
+    @property
+    def keys(self) -> int:
+        return sum(keys for _, keys in self.segments)
+
+    @property
+    def branches(self) -> list[tuple[int, int]]:
+        return [(queries, keys) for queries, keys in self.segments if keys > queries]
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of a query and a key that attention computes: of a prompt what causality leaves, and of a branch that
+        as well, or all where a mask hides the rest."""
+        own = sum(queries * (keys - queries) + queries**2 / 2 for queries, keys in self.segments)
+        return own if self.gathered else own + sum(queries**2 / 2 for queries, _ in self.branches)
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """One forward: ``samples`` rows padded to ``length`` tokens, of which ``labelled`` go through the head.
 
-    ``padded``: at least one row is shorter than the batch, so that SDPA gets a mask.
+    ``padded``: at least one row is shorter than the batch, so that SDPA gets a mask. ``packing``: how its only row
+    divides, if it is packed. ``joined``: the pixels of its pictures are joined into a tensor for this forward.
     """
 
     samples: int
     length: int
     labelled: int
     patches: int
-    images: int
+    images: float
     padded: bool = True
+    packing: Packing | None = None
+    joined: bool = False
 
     @property
     def tokens(self) -> int:
@@ -67,7 +100,7 @@ class Training:
 
 def decoder_layer(w: Widths, batch: MicroBatch, p: Precision, t: Training) -> int:
     """Bytes one decoder layer keeps for its backward without checkpointing."""
-    e, h, f, q, k = p.compute, w.hidden, w.intermediate, w.queries, w.keys
+    e, h, q, k = p.compute, w.hidden, w.queries, w.keys
     norm_trained = t.language and not t.lora_rank
     norms = 2 * (4 * h + 4 + (p.residual * h if norm_trained else 0))
     if w.query_norm:
@@ -75,14 +108,30 @@ def decoder_layer(w: Widths, batch: MicroBatch, p: Precision, t: Training) -> in
     inputs = _linear_inputs(t.language, t.lora_rank, p, ((h, 3), (h, 2)), e)
     inputs += _adapter_outputs(t.lora_rank, p, 7)
     output = q  # of the attention, kept by SDPA itself; an adapter that casts keeps a copy
-    kept = e * (q + output + 2 * _keys(w, batch, t)) + 4 * w.heads
-    mlp = 3 * e * f
-    mlp += e * f if t.language and not t.lora_rank else 0
-    if t.lora_rank:
-        mlp += p.adapter_input * f
-        kept += p.adapter_input * q if p.adapter_casts else 0
-    per_token = norms + inputs + kept + mlp + _eager_scores(w, batch, p, t)
-    return batch.tokens * per_token + _layer_mask(batch, p, t)
+    kept = e * (q + output) + 4 * w.heads
+    if t.lora_rank and p.adapter_casts:
+        kept += p.adapter_input * q
+    elif batch.packing and not batch.packing.gathered and (t.language or t.lora_rank):
+        kept += e * q  # outputs of the segments are joined to the next layer's input
+    per_token = norms + inputs + kept + _gated_mlp(w, p, t) + _eager_scores(w, batch, p, t)
+    return batch.tokens * per_token + _keys_and_values(w, batch, p, t) + _layer_mask(batch, p, t)
+
+
+def _gated_mlp(w: Widths, p: Precision, t: Training) -> int:
+    """Bytes per token that the wide part of a decoder layer's MLP keeps."""
+    products = p.adapter_input if t.lora_rank else p.compute if t.language else 0
+    return (3 * p.compute + products) * w.intermediate
+
+
+def _keys_and_values(w: Widths, batch: MicroBatch, p: Precision, t: Training) -> int:
+    """Bytes of keys and values as attention keeps them."""
+    packing = batch.packing
+    if packing is None:
+        return batch.tokens * 2 * p.compute * _keys(w, batch, t)
+    if packing.gathered:
+        return packing.keys * 2 * p.compute * w.keys
+    # The prompts' are views of those of the whole row, repeated for every query head; the branches' are copies.
+    return (batch.tokens + sum(keys for _, keys in packing.branches)) * 2 * p.compute * w.queries
 
 
 def vision_layer(w: Widths, batch: MicroBatch, p: Precision, t: Training) -> int:
@@ -117,7 +166,7 @@ def vision_ends(w: Widths, batch: MicroBatch, p: Precision, t: Training) -> int:
     norm = 4 * v + (e * v if weights else 0) if w.vision_gated else e * v
     merger = norm + e * v + (2 * e * v if weights or rank else 0)  # GELU's input; inputs of both matrices
     # In fp32 the convolution keeps the batch's own pixels; otherwise a converted copy.
-    pixels = w.patch * e if weights and e != 4 else 0
+    pixels = w.patch * e if weights and (e != 4 or batch.joined) else 0
     return batch.patches * (pixels + w.mergers * merger)
 
 
@@ -142,12 +191,17 @@ def kept(w: Widths, batch: MicroBatch, p: Precision, t: Training) -> tuple[int, 
 
 
 def shared_mask(batch: MicroBatch, t: Training) -> int:
-    """The attention mask all layers share: one byte per pair of positions, with SDPA or eager and any padding."""
+    """The attention mask all layers share: one byte per pair of positions, with SDPA or eager and any padding. Of a
+    packed row: one per shape of branch; or where the gathered keys come from."""
+    if batch.packing:
+        return 8 * batch.packing.keys if batch.packing.gathered else sum(q * k for q, k in set(batch.packing.branches))
     return batch.samples * batch.length**2 if batch.padded and t.attention in ("sdpa", "eager") else 0
 
 
 def _layer_mask(batch: MicroBatch, p: Precision, t: Training) -> int:
     """SDPA turns the mask into one of the queries' type, in every layer anew."""
+    if batch.packing:
+        return 0 if batch.packing.gathered else p.compute * sum(q * k for q, k in batch.packing.branches)
     return p.compute * batch.samples * batch.length**2 if batch.padded and t.attention == "sdpa" else 0
 
 
@@ -188,12 +242,25 @@ def forward_layer(w: Widths, batch: MicroBatch, p: Precision, t: Training) -> in
     e = p.compute
     mlp = 2 * w.hidden * p.residual + w.hidden * (p.residual + (e if p.casts else 0)) + 3 * w.intermediate * e
     rope = 2 * w.hidden * p.residual + e * (w.queries + 2 * w.keys) + 3 * p.residual * w.queries
-    attention = (
-        2 * w.hidden * p.residual + e * (2 * w.queries + 2 * _keys(w, batch, t)) + _eager_scores(w, batch, p, t)
-    )
     if t.lora_rank:
         mlp += w.intermediate * e  # the adapter's share, before it is added
-    return max(batch.tokens * mlp, batch.tokens * rope, batch.tokens * attention + _layer_mask(batch, p, t))
+    attention = batch.tokens * 2 * w.hidden * p.residual + _forward_attention(w, batch, p, t)
+    return max(batch.tokens * mlp, batch.tokens * rope, attention)
+
+
+def _forward_attention(w: Widths, batch: MicroBatch, p: Precision, t: Training) -> int:
+    """Most bytes alive in attention while nothing is kept, the residual aside."""
+    e, packing = p.compute, batch.packing
+    if packing is None:
+        own = e * (2 * w.queries + 2 * _keys(w, batch, t)) + _eager_scores(w, batch, p, t)
+        return batch.tokens * own + _layer_mask(batch, p, t)
+    own = batch.tokens * e * (2 * w.queries + 2 * w.keys)
+    if packing.gathered:
+        return own + _keys_and_values(w, batch, p, t)
+    repeated = 2 * w.queries if w.keys < w.queries else 0
+    joined = 2 * w.queries  # the segments' outputs in one tensor, and that in the order of the next layer
+    largest = max((keys for _, keys in packing.branches), default=0)
+    return own + e * (batch.tokens * (repeated + joined) + largest * 2 * w.queries)
 
 
 def forward_vision(w: Widths, batch: MicroBatch, p: Precision) -> int:
@@ -207,9 +274,23 @@ def forward_vision(w: Widths, batch: MicroBatch, p: Precision) -> int:
 def backward_layer(w: Widths, batch: MicroBatch, p: Precision, t: Training, counts: Counts) -> int:
     """Bytes alive on top of what is kept while one decoder layer runs backward: gradients of the residual stream and
     of the MLP's wide tensors, one weight's gradient, and with checkpointing all that the layer keeps."""
-    gradients = batch.tokens * (2 * w.hidden * p.residual + 2 * w.intermediate * p.compute)
+    stream = batch.tokens * 2 * w.hidden * p.residual
+    in_mlp = batch.tokens * 2 * w.intermediate * p.compute
+    in_attention = _backward_attention(w, batch, p) - batch.tokens * _gated_mlp(w, p, t)  # by then the MLP is done
     again = decoder_layer(w, batch, p, t) if t.checkpointing else 0
-    return again + gradients + counts.largest_linear * p.gradient
+    return again + stream + max(in_mlp, in_attention) + counts.largest_linear * p.gradient
+
+
+def _backward_attention(w: Widths, batch: MicroBatch, p: Precision) -> int:
+    """Gradients alive while attention over a packed row runs backward; those of a padded batch are fewer than the
+    MLP's."""
+    if batch.packing is None:
+        return 0
+    if batch.packing.gathered:
+        return p.compute * (batch.tokens * (2 * w.queries + 2 * w.keys) + batch.packing.keys * 2 * w.keys)
+    # Of output, queries, repeated keys and values, and one more of each that a segment's share is added from.
+    largest = max((keys for _, keys in batch.packing.branches), default=0)
+    return p.compute * w.queries * (6 * batch.tokens + 2 * largest)
 
 
 def backward_vision(w: Widths, batch: MicroBatch, p: Precision, t: Training, counts: Counts) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from vt_trl.envs import ENVIRONMENTS
 from vt_trl.judges import LocalJudge, make_judge
+from vt_trl.preflight.changes import CONFIG, SHARING, Change, changed
 from vt_trl.preflight.estimate import Estimate, estimate
 from vt_trl.preflight.setup import Setup
 from vt_trl.preflight.states import syncs_each_batch
@@ -24,21 +25,7 @@ Which = Literal["longest", "typical"]
 LEAST_PIXELS = 512 * 512
 LEAST_TURN = 256  # sampled tokens
 STEP = 0.01  # of vLLM's share
-CONFIG = "--config_file"  # of accelerate launch
-
-
-@dataclass(frozen=True)
-class Change:
-    """One setting and its new value. ``setting`` is a line of a recipe, or ``--config_file`` of accelerate."""
-
-    setting: str
-    value: Any
-    why: str
-
-    def __str__(self) -> str:
-        if self.setting == CONFIG:
-            return f"accelerate launch {CONFIG} {self.value}: {self.why}"
-        return f"{self.setting}: {self.value}  ({self.why})"
+PACKED = 32_768  # tokens of one forward: more than a typical group has
 
 
 @dataclass(frozen=True)
@@ -150,12 +137,12 @@ def _last_of_each(changes: Sequence[Change]) -> list[Change]:
     return [last[name] for name in dict.fromkeys(change.setting for change in changes)]
 
 
-def changed(setup: Setup, **values: Any) -> Setup:
-    """A setup with other settings. They are set on a copy: checked once before, they stay consistent here."""
-    args, run = copy.copy(setup.args), copy.copy(setup.run)
-    for name, value in values.items():
-        setattr(run if hasattr(run, name) and not hasattr(args, name) else args, name, value)
-    return replace(setup, args=args, run=run)
+def _share_work(setup: Setup, before: Estimate, which: Which) -> tuple[Setup, list[Change]] | None:
+    """Settings of :mod:`vt_trl.speed` that are off: on, they change nothing but memory and time."""
+    off = [name for name in SHARING if not getattr(setup.args, name)]
+    if not off:
+        return None
+    return changed(setup, **dict.fromkeys(off, True)), [Change(name, True, SHARING[name]) for name in off]
 
 
 def _sleep(setup: Setup, before: Estimate, which: Which) -> tuple[Setup, list[Change]] | None:
@@ -237,7 +224,18 @@ def _micro_batch(setup: Setup, before: Estimate, which: Which) -> tuple[Setup, l
     }
     shown = [name for name in smaller if name != "steps_per_generation" or name in setup.given]
     why = "fewer samples at a time, the same update"
+    if setup.packed:
+        why += ", yet prompts are computed more often"
     return changed(setup, **smaller), [Change(name, smaller[name], why) for name in shown]
+
+
+def _packed_tokens(setup: Setup, before: Estimate, which: Which) -> tuple[Setup, list[Change]] | None:
+    """Long micro-batches in several forwards: activations of layers at work shrink, inputs of layers stay."""
+    now = setup.args.max_packed_tokens
+    if not setup.packed or (now is not None and now <= PACKED):
+        return None
+    change = Change("max_packed_tokens", PACKED, "micro-batches of unusual length in several forwards")
+    return changed(setup, max_packed_tokens=PACKED), [change]
 
 
 def _generation(setup: Setup, before: Estimate, which: Which) -> tuple[Setup, list[Change]] | None:
@@ -304,10 +302,12 @@ def _smaller_model(after: Estimate, which: Which) -> Change:
 
 
 MOVES = (
+    Move(_share_work),
     Move(_sleep),
     Move(_sync),
     Move(_share, repeat=True),
     Move(_judge_share, repeat=True),
+    Move(_packed_tokens),
     Move(_micro_batch, repeat=True),
     Move(_checkpointing),
     Move(_shard),

@@ -68,6 +68,19 @@ class Episode:
         return self.prompt + self.completion
 
     @property
+    def loss_tokens(self) -> int:
+        """Sampled tokens of the completion, as far as ``limit`` leaves them in it."""
+        return self.completion - self.reply_text - self.reply_visual
+
+    @property
+    def reply_patches(self) -> int:
+        return self.patches - self.prompt_patches
+
+    @property
+    def reply_images(self) -> int:
+        return self.images - self.prompt_images
+
+    @property
     def visual(self) -> int:
         return self.prompt_visual + self.reply_visual
 

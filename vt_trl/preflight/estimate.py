@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vt_trl.preflight.engines import GIB, Generation, JudgeMemory, generation, judge_memory
 from vt_trl.preflight.episodes import Episode
+from vt_trl.preflight.micro import Load as Kind
+from vt_trl.preflight.micro import work
 from vt_trl.preflight.setup import Setup
 from vt_trl.preflight.states import Rollouts, rollouts
 from vt_trl.preflight.step import StepMemory, training_step
@@ -52,14 +54,14 @@ class Load:
 class Tokens:
     """Tokens of one optimizer step on one rank, for the assumed workload; times ``processes`` for the whole job.
 
-    ``padded``: positions that are computed, every rollout padded to the longest; ``updates``: optimizer steps one
-    generation serves.
+    ``computed``: positions that the language model computes, a shared prompt once and padding where there is some;
+    ``updates``: optimizer steps one generation serves.
     """
 
     visual: float
     text: float
     sampled: float
-    padded: float
+    computed: float
     rollouts: int
     updates: float
 
@@ -108,10 +110,10 @@ class Estimate:
 def estimate(setup: Setup) -> Estimate:
     """Bytes per rank and phase, tokens and seconds per optimizer step. Arithmetic only: no weights are made."""
     judge = judge_memory(setup.args, setup.gpu_bytes, setup.judge_config)
-    typical = _load(setup, judge, setup.padded, setup.mean("patches"), setup.routes[-1][1])
+    typical = _load(setup, judge, "typical", setup.padded, setup.mean("patches"), setup.routes[-1][1])
     return Estimate(
         setup=setup,
-        longest=_load(setup, judge, setup.longest, setup.longest.patches, setup.longest),
+        longest=_load(setup, judge, "longest", setup.longest, setup.longest.patches, setup.longest),
         typical=typical,
         tokens=_tokens(setup),
         seconds=step_seconds(setup, typical.generation.cache),
@@ -119,10 +121,16 @@ def estimate(setup: Setup) -> Estimate:
     )
 
 
-def _load(setup: Setup, judge: JudgeMemory, episode: Episode, mean_patches: float, generated: Episode) -> Load:
-    """``episode``: what rollouts are padded to; ``generated``: as long as one is in the engine."""
-    args, w, counts, p = setup.args, setup.widths, setup.counts, setup.precision
-    step = training_step(w, counts, setup.micro_batch(episode), p, setup.training, triton=not args.use_cpu)
+def _load(
+    setup: Setup, judge: JudgeMemory, kind: Kind, episode: Episode, mean_patches: float, generated: Episode
+) -> Load:
+    """``episode``: what the batch's tensors are padded to; ``generated``: as long as one is in the engine."""
+
+    def memory(training: bool) -> StepMemory:
+        done, how = work(setup, kind, training), (setup.precision, setup.training, not setup.args.use_cpu)
+        return training_step(setup.widths, setup.counts, done.whole, *how, part=done.part)
+
+    step = replace(memory(True), passes=memory(False).passes)
     batch = rollouts(setup, episode, mean_patches)
     engine = generation(setup, generated)
     return Load(episode, _phases(setup, step, batch, engine, judge), batch, engine, step)
@@ -133,8 +141,9 @@ def _phases(
 ) -> tuple[Phase, ...]:
     """The phases of one generation and its updates.
 
-    The rollouts of the last generation stay in TRL's buffer until those of the next replace them, and splitting these
-    into micro-batches copies their pixels once more.
+    The rollouts of the last generation stay in the trainer's buffer until those of the next replace them, and
+    splitting these into micro-batches copies their tokens once more, but no pixels. Features of frozen towers are let
+    go before the next generation.
     """
     held = setup.states
     always = {
@@ -151,18 +160,19 @@ def _phases(
         return Phase(name, {part: always.get(part, 0) + parts.get(part, 0) for part in PARTS})
 
     scoring = {"gradients": between, "engine": engine.asleep}
-    training = {"gradients": updating, "engine": engine.asleep, "rollouts": batch.total}
+    scored = 2 * batch.total + batch.features
+    training = {"gradients": updating, "engine": engine.asleep, "rollouts": batch.total + batch.features}
     phases = [
         phase("generation", gradients=between, rollouts=batch.total, engine=engine.awake, gathered=held.weight_sync),
         phase(
             "log-probabilities",
-            rollouts=2 * batch.total,
+            rollouts=scored,
             gathered=max(held.gathered, held.gathered_reference),
             activations=step.passes,
             **scoring,
         ),
-        phase("judging", rollouts=2 * batch.total, judge=judge.judging, **scoring),
-        phase("splitting", rollouts=2 * batch.total + batch.pixels, **scoring),
+        phase("judging", rollouts=scored, judge=judge.judging, **scoring),
+        phase("splitting", rollouts=scored + batch.tokens, **scoring),
         phase(
             "update",
             gathered=held.gathered,
@@ -180,7 +190,7 @@ def _tokens(setup: Setup) -> Tokens:
         visual=count * setup.mean("visual"),
         text=count * (setup.mean("prompt_text") + setup.mean("reply_text")),
         sampled=count * setup.mean("sampled"),
-        padded=count * setup.padded.tokens,
+        computed=setup.args.gradient_accumulation_steps * work(setup, "mean").whole.tokens,
         rollouts=count,
         updates=setup.updates,
     )

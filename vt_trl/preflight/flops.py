@@ -3,7 +3,8 @@
 Forward: 2 operations per weight and token, 4 q L per token and layer for attention over L positions (half of it where
 the kernel skips what causality hides), 2 V h per position that goes through the head (Kaplan et al. 2020,
 arXiv 2001.08361, table 1; PaLM, Chowdhery et al. 2022, appendix B). Backward: as much again for the inputs and as much
-for trained weights. Checkpointing: one more forward of the layers. Padding is counted, because it is computed.
+for trained weights. Checkpointing: one more forward of the layers. Padding is counted where it is computed, and a
+shared prompt as often as it is.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ class Forward:
 
 def forward_flops(w: Widths, counts: Counts, batch: MicroBatch, attention: str = "sdpa") -> Forward:
     """Operations of one forward of ``batch``. SDPA with a mask computes what the mask hides."""
-    square = 4 if batch.padded and attention in ("sdpa", "eager") else 2
-    language = batch.tokens * (2 * counts.language + square * w.layers * w.queries * batch.length)
+    share = 1 if batch.padded and attention in ("sdpa", "eager") else 0.5
+    pairs = batch.packing.pairs if batch.packing else share * batch.tokens * batch.length
+    language = batch.tokens * 2 * counts.language + 4 * w.layers * w.queries * pairs
     per_picture = batch.patches / max(1, batch.images)
     windowed = (w.vision_layers - w.full_attention) * w.window
     reach = 4 * w.vision_hidden * (w.full_attention * per_picture + windowed)

@@ -8,12 +8,15 @@ from functools import cached_property
 from transformers import PretrainedConfig
 
 from vt_trl.config import VTGRPOConfig
+from vt_trl.envs import make_environment
 from vt_trl.errors import ConfigError
-from vt_trl.preflight.activations import MicroBatch, Training
+from vt_trl.forward.attention import varlen_attn
+from vt_trl.preflight.activations import Training
 from vt_trl.preflight.counts import Counts, Widths, count, widths
 from vt_trl.preflight.episodes import Episode, PixelLimits, Workload, longest_episode, typical_episodes
 from vt_trl.preflight.flops import Machine
 from vt_trl.preflight.launch import Launch
+from vt_trl.preflight.micro import Branch, can_pack
 from vt_trl.preflight.precision import Precision, precision
 from vt_trl.preflight.states import States, states
 from vt_trl.preflight.step import training_of
@@ -55,7 +58,9 @@ class Setup:
 
     @cached_property
     def training(self) -> Training:
-        return training_of(self.run, self.counts, self.args.gradient_checkpointing, self.run.attn_implementation)
+        run, counts = self.run, self.counts
+        training = training_of(run, counts, self.args.gradient_checkpointing, run.attn_implementation)
+        return training if self.tower_in_update else replace(training, vision_graph=False)
 
     @cached_property
     def states(self) -> States:
@@ -88,6 +93,11 @@ class Setup:
         return self.args.per_device_train_batch_size * self.args.steps_per_generation
 
     @property
+    def groups(self) -> int:
+        """Groups one rank generates at a time."""
+        return max(1, self.generated // self.args.num_generations)
+
+    @property
     def updates(self) -> float:
         """Optimizer steps one generation serves."""
         return self.args.steps_per_generation * self.args.num_iterations / self.args.gradient_accumulation_steps
@@ -99,13 +109,46 @@ class Setup:
         every = self.args.steps_per_generation * self.args.num_iterations
         return engine or self.args.gradient_accumulation_steps % every != 0
 
-    def micro_batch(self, episode: Episode) -> MicroBatch:
-        """One micro-batch of rollouts as long as ``episode``; the fused head sees the whole completion."""
-        samples = self.args.per_device_train_batch_size
-        return MicroBatch(
-            samples,
-            episode.tokens,
-            samples * episode.completion,
-            samples * episode.patches,
-            samples * episode.images,
-        )
+    # What is computed once instead of many times (vt_trl/speed.py)
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether micro-batches are packed, with shared prompts and without padding."""
+        return self.args.share_prefix and can_pack(self.config, self.training.attention)
+
+    @cached_property
+    def gathers_keys(self) -> bool:
+        """Whether a packed row's attention is one call of the kernel for variable lengths. Queries have the type of
+        the residual stream, whose rotation makes them so."""
+        return varlen_attn is not None and not self.args.use_cpu and self.precision.residual == 2
+
+    @cached_property
+    def same_replies(self) -> bool:
+        return make_environment(self.args.environment, self.args.environment_args)().same_replies
+
+    @property
+    def frozen_towers(self) -> int:
+        """Vision towers whose features are kept for a generation: the policy's, and that of a reference of its own."""
+        divided = self.launch.sharding in ("zero3", "fsdp2")
+        if not self.args.share_vision or divided:
+            return 0
+        return int(self._policy_tower_frozen) + (self.run.lora == "none" and self.args.beta != 0)
+
+    @property
+    def _policy_tower_frozen(self) -> bool:
+        return self.run.lora == "language" or (self.run.lora == "none" and not self.run.train_vision)
+
+    @property
+    def tower_in_update(self) -> bool:
+        """Whether pictures go through the policy's tower in a training step, too: not where it is frozen and a pass
+        before the step has left their features."""
+        kept = self._policy_tower_frozen and self.frozen_towers > 0
+        seen = self.old_pass or (self.run.lora != "none" and self.args.beta != 0)
+        return not (kept and seen)
+
+    @cached_property
+    def mean_branch(self) -> Branch:
+        """What follows a prompt, on average over the assumed workload."""
+        labelled = "loss_tokens" if self.args.loss_tokens_only else "completion"
+        counts = [round(self.mean(name)) for name in ("completion", labelled, "reply_patches")]
+        return Branch(*counts, self.mean("reply_images"))

@@ -74,9 +74,9 @@ def memory_table(load: Load, title: str) -> Table:
 def token_table(estimate: Estimate) -> Table:
     tokens, processes = estimate.tokens, estimate.setup.launch.processes
     table = Table(title="Tokens per optimizer step, typical rollouts", title_justify="left", title_style="bold")
-    for name in ("", "rollouts", "visual", "text", "sampled", "all", "with padding"):
+    for name in ("", "rollouts", "visual", "text", "sampled", "all", "computed"):
         table.add_column(name, justify="right" if name else "left")
-    numbers = (tokens.rollouts, tokens.visual, tokens.text, tokens.sampled, tokens.total, tokens.padded)
+    numbers = (tokens.rollouts, tokens.visual, tokens.text, tokens.sampled, tokens.total, tokens.computed)
     for label, factor in (("per rank", 1), ("all ranks", processes)):
         table.add_row(label, *(f"{factor * number:,.0f}" for number in numbers))
     return table

@@ -124,25 +124,38 @@ def _weight_sync(counts: Counts, p: Precision, launch: Launch, adapter: bool) ->
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Bytes of one generation batch on one rank, from packing to the last micro-batch that is trained on it."""
+    """Bytes of one generation batch on one rank, from packing to the last micro-batch that is trained on it.
+
+    ``features``: what frozen towers made of its pictures, from the first pass to the end of the last update.
+    """
 
     tokens: int
     pixels: int
+    features: int = 0
 
     @property
     def total(self) -> int:
+        """What stays until the next generation replaces it; its features do not."""
         return self.tokens + self.pixels
 
 
 def rollouts(setup: Setup, episode: Episode, patches: float) -> Rollouts:
     """A rank's rollouts of one generation, padded to ``episode``, with ``patches`` each on average.
 
-    Per padded position: ids and attention mask of 8 bytes each, the picture mask of 4; on the completion's side also
-    the loss mask of 8, and 4 each for sampled, old and reference log-probabilities and the importance ratio. Patches
-    are fp32, and every rollout holds its own copy of its pictures.
+    Per padded position: ids and attention mask of 8 bytes each; on the completion's side also the loss mask of 8, and
+    4 each for sampled, old and reference log-probabilities and the importance ratio. Patches are fp32. With
+    ``share_images`` each picture is held once: those of a prompt per group, and those of a tool as well where a whole
+    group is shown the same (some member of every group is taken to ask); otherwise every rollout holds its own.
     """
     args = setup.args
     engine = args.use_vllm and args.vllm_importance_sampling_correction
     completion = 24 + 4 * (1 + setup.old_pass + (args.beta != 0) + engine)
-    tokens = setup.generated * (16 * episode.prompt + completion * episode.completion + 4 * episode.tokens)
-    return Rollouts(tokens, round(setup.generated * patches * setup.widths.patch * 4))
+    tokens = setup.generated * (16 * episode.prompt + completion * episode.completion)
+    held = setup.generated * patches
+    if args.share_images and setup.same_replies:
+        held = setup.groups * episode.patches
+    elif args.share_images:
+        held += (setup.groups - setup.generated) * episode.prompt_patches
+    w = setup.widths
+    features = setup.frozen_towers * held / w.merge**2 * w.hidden * w.mergers * setup.precision.compute
+    return Rollouts(tokens, round(held * w.patch * 4), round(features))

@@ -55,11 +55,23 @@ def training_of(run: RunArguments, counts: Counts, checkpointing: bool, attentio
 
 
 def training_step(
-    w: Widths, counts: Counts, batch: MicroBatch, p: Precision, t: Training, triton: bool = True
+    w: Widths,
+    counts: Counts,
+    whole: MicroBatch,
+    p: Precision,
+    t: Training,
+    triton: bool = True,
+    part: MicroBatch | None = None,
 ) -> StepMemory:
-    """The memory of one micro-batch, with gradients of an earlier one in place."""
-    language, vision = kept(w, batch, p, t)
-    head = fused_head(w, batch, p, counts.head_trained, triton)
+    """The memory of one micro-batch, with gradients of an earlier one in place. ``part``: its largest forward, where
+    ``max_packed_tokens`` divides it into several, all of which are kept until the backward."""
+    language, vision = kept(w, whole, p, t)
+    head = fused_head(w, whole, p, counts.head_trained, triton)
+    batch = part or whole
+    own_language, _ = kept(w, batch, p, t)
+    own_head = fused_head(w, batch, p, counts.head_trained, triton)
+    others = language - own_language, head.kept - own_head.kept
+    pixels = batch.patches * w.patch * 4 if batch.joined else 0
     # Autocast converts every trained weight once per forward, and keeps the copies to its end (without checkpointing:
     # to the end of the backward).
     copies = p.compute * counts.trained_matrices if p.casts or p.adapter_casts and p.trained != p.adapter_input else 0
@@ -68,16 +80,18 @@ def training_step(
     mask = shared_mask(batch, t)
     in_vision = forward_vision(w, batch, p)
     in_layer = 2 * stream + mask + forward_layer(w, batch, p, t)
-    passes = max(in_vision, in_layer, 2 * stream + head.forward) + copies
-    alive = language + vision + copies
+    passes = max(in_vision, in_layer, 2 * stream + own_head.forward) + copies + pixels
+    alive = language + vision + copies + others[1]
     working = forward_layer(w, batch, p, t) if t.checkpointing else 0
-    forward = max(vision + in_vision + copies, alive + max(working, head.forward))
+    forward = max(vision + in_vision + copies + others[0], alive + max(working, own_head.forward))
+    if p.compute != 4 or not t.vision:
+        forward += pixels  # otherwise they are kept, and counted there
     held = copies if not t.checkpointing else 0
     embedding = w.vocabulary * w.hidden * p.gradient if t.language else 0
     backward = max(
-        language + vision + held + head.kept + head.backward,
-        language + vision + held + backward_layer(w, batch, p, t, counts) + stream,
-        vision + held + stream + features + max(embedding, backward_vision(w, batch, p, t, counts)),
+        language + vision + held + head.kept + own_head.backward,
+        language + vision + held + others[1] + backward_layer(w, batch, p, t, counts) + stream,
+        sum(others) + vision + held + stream + features + max(embedding, backward_vision(w, batch, p, t, counts)),
     )
     total = language + vision + head.kept + held
     return StepMemory(total, language, vision, head, passes, max(forward, total), max(backward, total))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from vt_trl.preflight.flops import decode_seconds, forward_flops, traffic, update_flops
+from vt_trl.preflight.flops import Forward, decode_seconds, forward_flops, traffic, update_flops
+from vt_trl.preflight.micro import work
 from vt_trl.preflight.setup import Setup
 
 
@@ -33,15 +34,8 @@ def step_seconds(setup: Setup, cache: int) -> Seconds:
     pushing weights to the engine, waking and sleeping.
     """
     args, counts, machine = setup.args, setup.counts, setup.machine
-    samples = args.per_device_train_batch_size
-    batch = replace(
-        setup.micro_batch(setup.padded),
-        labelled=round(samples * setup.mean("completion")),
-        patches=round(samples * setup.mean("patches")),
-        images=max(1, round(samples * setup.mean("images"))),
-    )
-    forward = forward_flops(setup.widths, counts, batch, setup.training.attention)
-    work = update_flops(forward, setup.training, counts.head_trained)
+    updated = update_flops(_forward(setup, training=True), setup.training, counts.head_trained)
+    passed = _forward(setup, training=False)
     per_pass, per_batch, per_step = traffic(counts, setup.launch, setup.precision.compute)
     speed = machine.network if setup.launch.machines > 1 else machine.link
     computing = machine.peak * machine.mfu
@@ -50,14 +44,25 @@ def step_seconds(setup: Setup, cache: int) -> Seconds:
         return max(operations / computing, received / speed)
 
     steps = args.gradient_accumulation_steps
-    forwards = (int(setup.old_pass) + int(args.beta != 0)) * args.steps_per_generation / setup.updates
+    passes = int(setup.old_pass) + int(args.beta != 0)
+    # A pass of the same frozen tower finds the features of the one before.
+    again = setup.run.lora != "none" and setup.frozen_towers > 0
+    towers = min(passes, 1) if again else passes
+    forwards = args.steps_per_generation / setup.updates  # of each pass
+    scored = forwards * (passes * (passed.language + passed.head) + towers * passed.vision)
     return Seconds(
         generation=_generation(setup, cache) / setup.updates,
-        passes=forwards * longer(forward.total, per_pass),
-        update=steps * longer(work, per_batch) + per_step / speed,
-        operations=steps * work + forwards * forward.total,
-        received=steps * per_batch + per_step + forwards * per_pass,
+        passes=longer(scored, passes * forwards * per_pass),
+        update=steps * longer(updated, per_batch) + per_step / speed,
+        operations=steps * updated + scored,
+        received=steps * per_batch + per_step + passes * forwards * per_pass,
     )
+
+
+def _forward(setup: Setup, training: bool) -> Forward:
+    """Operations of the forwards of an average micro-batch."""
+    batch = work(setup, "mean", training).whole
+    return forward_flops(setup.widths, setup.counts, batch, setup.training.attention)
 
 
 def _generation(setup: Setup, cache: int) -> float:
