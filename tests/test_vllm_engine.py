@@ -102,3 +102,21 @@ def test_pictures_are_told_apart_by_pixels_and_by_shape():
     others = Image.new("RGB", (2, 4)), Image.new("RGB", (4, 2), "red")
     assert content_id(flat) == content_id(flat.copy())
     assert len({content_id(image) for image in (flat, *others)}) == 3
+
+
+@pytest.mark.vllm
+def test_an_engine_of_its_own_process_is_one_although_vllm_has_read_its_environment_before(monkeypatch):
+    """An engine in this process makes vLLM keep what it read; a judge's engine would then start here as well."""
+    from vllm import envs
+
+    from vt_trl.generation.fixed_engine import own_process
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    envs.enable_envs_cache()  # what the engine core does where it starts
+    try:
+        assert envs.VLLM_ENABLE_V1_MULTIPROCESSING is False
+        with own_process():
+            assert envs.VLLM_ENABLE_V1_MULTIPROCESSING is True
+        assert envs.VLLM_ENABLE_V1_MULTIPROCESSING is False and hasattr(envs.__getattr__, "cache_clear")
+    finally:
+        envs.disable_envs_cache()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,18 +78,39 @@ def own_process() -> Iterator[None]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         here = torch.cuda.current_device()
         changed["CUDA_VISIBLE_DEVICES"] = visible[here] if here < len(visible) and visible[here] else str(here)
+    from vt_trl.generation.vllm_engine import random_state_kept
+
+    with _environment_read_anew(), _changed_environment(changed, hidden), random_state_kept():
+        yield
+
+
+@contextmanager
+def _changed_environment(changed: Mapping[str, str], hidden: Sequence[str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in (*changed, *hidden)}
     for name in hidden:
         os.environ.pop(name, None)
     os.environ.update(changed)
     try:
-        from vt_trl.generation.vllm_engine import random_state_kept
-
-        with random_state_kept():
-            yield
+        yield
     finally:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _environment_read_anew() -> Iterator[None]:
+    """An engine in this process makes vLLM keep what it has read from the environment, our changes to which it would
+    miss: the next engine would start in this process too, and fall asleep and wake with the first."""
+    from vllm import envs
+
+    kept = hasattr(envs.__getattr__, "cache_clear")
+    if kept:
+        envs.disable_envs_cache()
+    try:
+        yield
+    finally:
+        if kept:
+            envs.enable_envs_cache()
