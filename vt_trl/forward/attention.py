@@ -58,6 +58,9 @@ def packed_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scaling: float | None = None
 ) -> torch.Tensor:
     """(1, T, heads, width) from queries (1, heads, T, width) and keys and values (1, fewer heads, T, width)."""
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):
+        # Rotation leaves queries and keys in single precision; PyTorch's own attention is cast by autocast like this.
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
     if varlen_attn is not None and query.is_cuda and query.dtype in HALF:
         return by_variable_length(query, key, value, layout, scaling)
     return by_segment(query, key, value, layout, scaling)
