@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from typing import Any
 
 from PIL import Image
 
-from vt_trl.envs import ResizeEnv
+from vt_trl.envs import LookEnv, ResizeEnv, ZoomEnv
 from vt_trl.generation.base import Request, Sample
 from vt_trl.types import Done, Observation, RolloutStatus
 
@@ -43,6 +44,35 @@ class AsksFirst(ResizeEnv):
         if self.turn == 0:
             return super().step(CALL)
         return Done(RolloutStatus.ANSWERED, answer=reply)
+
+
+class _BoxFirst:
+    """As AsksFirst: the first thing said is taken as a call for the left half of the first picture.
+
+    Whatever is said next ends the episode, every other time as the right answer, so that a group has a spread.
+    """
+
+    answers = itertools.count()
+
+    def reset(self, row: Mapping[str, Any]) -> Observation:
+        self.gold = row["answer"][0]
+        return super().reset(row)
+
+    def step(self, reply: str, truncated: bool = False) -> Observation | Done:
+        if self.turn == 0:
+            width, height = self.album.originals[0].size
+            end = "" if self.shape == "inline" else "</think>"
+            return super().step(f"<think>There: {end}{self.call_text((0, 0, width // 2, height))}")
+        right = next(self.answers) % 2
+        return Done(RolloutStatus.ANSWERED, answer=self.gold) if right else Done(RolloutStatus.NO_ANSWER)
+
+
+class ZoomsFirst(_BoxFirst, ZoomEnv):
+    """``zoom`` with a forced first look."""
+
+
+class LooksFirst(_BoxFirst, LookEnv):
+    """``look`` with a forced first look."""
 
 
 class Script:

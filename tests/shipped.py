@@ -14,4 +14,4 @@ ON_A_CPU = ("--use_cpu", "true", "--bf16", "false")
 
 def kind_of(path: Path) -> type:
     """The settings of the trainer that a recipe is for."""
-    return VTSFTConfig if path.name.startswith("sft") else VTGRPOConfig
+    return VTSFTConfig if "sft" in path.stem.split("_") else VTGRPOConfig
