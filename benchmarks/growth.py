@@ -144,7 +144,8 @@ def draw(report: dict[str, Any]) -> Any:
         upper.axhline(1, color="#bbbbbb", linewidth=0.7)
         for ax in (upper, lower):
             ax.grid(alpha=0.25)
-            ax.set_ylim(bottom=0)
+    for ax in axes[:, 0]:  # at last: it also fixes the upper end
+        ax.set_ylim(bottom=0)
     axes[0, 0].set_ylabel("times faster than stock TRL")
     axes[1, 0].set_ylabel("seconds of forward and backward")
     for ax in axes[:, 0]:

@@ -52,6 +52,7 @@ def shown() -> list[tuple[str, str]]:
         "recipes/README.md",
         "benchmarks/README.md",
         "docs/judges.md",
+        "docs/performance.md",
         "docs/data.md",
         "docs/hub.md",
         "docs/evaluate.md",
