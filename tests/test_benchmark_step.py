@@ -107,9 +107,7 @@ def test_committed_figures_are_those_of_the_pages():
         ours, stock = found["ways"]["vt_trl"], found["ways"]["stock"]
         ratio, low, high = ours["ratio_training"]
         assert report["ratio_update"][rate] == ratio
-        assert (
-            f"| step | update, s, {rate}% ask | {ours['training']:.1f} | {stock['training']:.1f} |" in readme
-        )
+        assert f"| step | update, s, {rate}% ask | {ours['training']:.1f} | {stock['training']:.1f} |" in readme
         assert f"| {rate}% | {ratio:.2f} ({low:.2f}-{high:.2f}) |" in page
     for name, ways in report["rates"]["40"]["ways"].items():
         ratio, low, high = ways["ratio_training"]

@@ -14,6 +14,7 @@ import pytest
 from conftest import FAMILY_NAMES, make_rows
 from helpers import SHORT_PROMPTS, Script, answer
 from published import greedy, untrained, write_rows
+from serving import serving, token_ids
 
 from vt_trl import cli
 from vt_trl.data import load_rows
@@ -309,7 +310,7 @@ def test_comparing_different_rows_is_refused_without_common(done, plan, tmp_path
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_training_evaluation_and_pipeline_write_the_same_tokens(family, checkpoints, tmp_path):
+def test_training_evaluation_pipeline_and_server_write_the_same_tokens(family, checkpoints, tmp_path):
     """Greedy, the same weights and rows, two turns each: token for token, and so the same pictures in between."""
     from helpers import AsksFirst
 
@@ -328,6 +329,9 @@ def test_training_evaluation_and_pipeline_write_the_same_tokens(family, checkpoi
     piped = [
         one.rollout for one in pipe([{"image": row["image"], "question": row["question"]} for row in make_rows(4)])
     ]
+    with serving(model.runner(environment)) as running:
+        replies = [token_ids(running.ask(row)) for row in make_rows(4)]
+    assert replies == [[list(turn.token_ids) for turn in rollout.turns] for rollout in trained]
     assert model.parts.banned_ids == trainer.banned_ids and model.parts.stop_ids == set(trainer.stop_ids)
     for ours, theirs, thirds in zip(trained, evaluated, piped, strict=True):
         assert len(ours.turns) == 2 and ours.asked
