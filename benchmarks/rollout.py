@@ -27,9 +27,10 @@ import numpy as np
 import torch
 
 from benchmarks.reporting import show, write
-from benchmarks.rollout_parts import Lengths, Plan, World, check
+from benchmarks.rollout_parts import Lengths, Plan, World, check, phrases
 from demos.reading.stages import provenance
 from vt_trl.run_notes import versions
+from vt_trl.tiny import build_tiny
 
 SYNCS = 5  # weight syncs that are timed, of each kind
 SIMULATED = 1000  # plans whose steps are counted on paper, to see whether those that were run are usual ones
@@ -42,7 +43,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     lengths = Lengths(options.median, options.sigma, options.longest)
     rng = np.random.default_rng(options.seed)
     plans = [Plan.draw(options.group, options.share, lengths, rng) for _ in range(max(options.repeats, SIMULATED))]
-    world = World(folder / "model", options.width, options.layers, options.group)
+    model = build_tiny(folder / "model", corpus=phrases(), hidden_size=options.width, layers=options.layers)
+    world = World(model, options.group)
     trl = TRLLoop(world)
     variants: dict[str, Callable[[dict[str, Any], Plan], Any]] = {
         "ours": lambda row, plan: check(world.roll_out("free", row, plan), plan),

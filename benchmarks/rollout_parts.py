@@ -19,7 +19,6 @@ from vt_trl.generation.base import Backend, Request, Sample, SamplingSettings
 from vt_trl.generation.standalone import Checkpoint, open_parts
 from vt_trl.prompts import Prompts
 from vt_trl.rollout import Limits
-from vt_trl.tiny import build_tiny
 from vt_trl.types import Rollout
 
 CALL = '<tool_call>\n{"name": "resize_image", "arguments": {"action": "resize"}}\n</tool_call>'
@@ -140,23 +139,28 @@ class Endings:
         return (*token_ids[: len(token_ids) - len(end)], *end)
 
 
+def phrases() -> list[str]:
+    """The words of prompts and replies: as tokens they are some 300, as bytes 2000."""
+    prompts = Prompts()
+    words = " ".join([prompts.system, prompts.task, prompts.before_image, prompts.after_image, CALL, ANSWER]).split()
+    return sorted({f" {word}" for word in words} | set(words))
+
+
 class World:
     """A Qwen2.5-VL of random weights in training, its colocated vLLM engine, and rollouts on it.
 
-    ``width``: of both towers; ``seats``: sequences at a time. On a GPU in bfloat16 and with sleep between phases.
+    ``checkpoint``: of a tokenizer that has :func:`phrases`; ``seats``: sequences at a time. On a GPU in bfloat16 and
+    with sleep between phases.
     """
 
-    def __init__(self, folder: Path, width: int, layers: int, seats: int, context: int = 4096):
+    def __init__(self, checkpoint: Path, seats: int, context: int = 4096):
         from accelerate import Accelerator
         from transformers import AutoModelForImageTextToText
 
         from vt_trl.generation.vllm import ColocatedEngine, VLLMBackend
 
         self.gpu = torch.cuda.is_available()
-        prompts = Prompts()
-        words = " ".join([prompts.system, prompts.task, prompts.before_image, prompts.after_image, CALL, ANSWER])
-        corpus = {f" {word}" for word in words.split()} | set(words.split())  # some 300 tokens of text, not 2000 bytes
-        self.folder = build_tiny(folder, corpus=sorted(corpus), hidden_size=width, layers=layers)
+        self.folder = checkpoint
         dtype = torch.bfloat16 if self.gpu else torch.float32
         self.model = AutoModelForImageTextToText.from_pretrained(self.folder, dtype=dtype)
         self.model.to("cuda" if self.gpu else "cpu")
@@ -185,9 +189,9 @@ class World:
         self.backends = {"free": PlannedTurns(backend, tokenizer)}
         self.backends["rounds"] = PlannedTurns(RoundByRound(backend), tokenizer)
 
-    def row(self, seed: int) -> dict[str, Any]:
+    def row(self, seed: int, width: int = SIDE, height: int = SIDE) -> dict[str, Any]:
         """A picture of its own, of noise."""
-        pixels = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
         return {"id": f"row-{seed}", "image": Image.fromarray(pixels), "question": "Which is it?", "answer": ["7"]}
 
     def roll_out(

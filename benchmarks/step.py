@@ -9,7 +9,7 @@ compute the same numbers; their gradients are compared before anything is timed.
 median over turns of stock's seconds over ours in the same turn; on a CPU these are processor seconds, so use one
 thread. ``ratio_preprocess`` is that of pictures of full size, by the image processor alone. Memory is the most that is
 allocated during forward and backward on top of weights and gradients, by torch's profiler on a CPU, in a run of its
-own.
+own. Where vLLM is installed, rollout (one group, weight sync included) and weight sync are measured as well.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.reporting import write
+from benchmarks.step_engine import measure_engine
 from benchmarks.step_work import FULL, LEVERS, SHAPES, TOKENS, Ours, Sizes, Stock, Work, advantages, make_checkpoint
 from benchmarks.step_work import make_rollouts as draw
 from demos.reading.stages import provenance
@@ -36,6 +37,7 @@ from vt_trl.preflight.meter import Meter
 
 PHASES = ("preprocess", "old", "training")
 ON = "vt_trl"
+WAYS = ("stock", ON)
 
 
 def timed(work: Work, device: str, run: Callable[[], None]) -> float:
@@ -147,7 +149,9 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
                     "pixel_mib": round(work.pixel_bytes / 2**20, 4),
                 }
         pictures = measure_pictures(stock, ours, draw(checkpoint, FULL, options.levers_at), options.repeats)
-    return report_of(rates, pictures, options, sizes, command)
+        groups = {str(percent): draw(checkpoint, sizes, percent) for percent in options.rates}
+        engine = measure_engine(checkpoint, sizes, groups, options.device, options.repeats)
+    return report_of(rates, pictures, options, sizes, command) | {"engine": engine}
 
 
 def report_of(
@@ -175,14 +179,25 @@ def report_of(
 
 def print_report(report: dict[str, Any]) -> None:
     for rate, found in report["rates"].items():
+        engine = (report["engine"] or {}).get(rate)
         table = Table(
-            "", *PHASES, "total", "update, x", "spread", "peak MiB", "pixels MiB", title=f"{rate}% ask, seconds"
+            "",
+            *PHASES,
+            "total",
+            "rollout",
+            "sync",
+            "update, x",
+            "spread",
+            "peak MiB",
+            "pixels MiB",
+            title=f"{rate}% ask, seconds",
         )
         for name, row in found["ways"].items():
             ratio, low, high = row["ratio_training"]
             table.add_row(
                 name,
                 *(f"{row[phase]:.3g}" for phase in (*PHASES, "total")),
+                *(f"{engine[phase][name]:.3g}" if engine and name in WAYS else "-" for phase in ("rollout", "sync")),
                 f"{ratio:.2f}",
                 f"{low:.2f}-{high:.2f}",
                 f"{row['peak_mib']:.0f}",

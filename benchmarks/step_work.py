@@ -24,6 +24,7 @@ from trl.trainer.utils import (
     unsplit_pixel_values_by_grid,
 )
 
+from benchmarks.rollout_parts import phrases
 from vt_trl.config import VTGRPOConfig
 from vt_trl.forward.batches import micro_batches
 from vt_trl.fused_head import labelled_positions_only
@@ -85,13 +86,13 @@ class Sizes:
 
 FULL = Sizes(groups=2, members=16, rows=14, columns=25, text=300, turn=150)
 QUARTER = Sizes(groups=2, members=16, rows=8, columns=11, text=75, turn=38, wrap=8)
-TEST = Sizes(groups=2, members=4, rows=2, columns=3, text=8, turn=6, wrap=4)
+TEST = Sizes(groups=2, members=4, rows=2, columns=3, text=8, turn=40, wrap=4)
 TOKENS = {"full": FULL, "quarter": QUARTER, "test": TEST}
 
 
 def make_checkpoint(folder: Path, shape: str) -> Path:
-    """A Qwen2.5-VL checkpoint of a shape; its weights are drawn when it is loaded (:func:`load`), not written."""
-    build_tiny(folder, max_pixels=4096 * 28 * 28)
+    """A Qwen2.5-VL checkpoint of a shape, without weights: they are drawn when it is loaded (:func:`load`)."""
+    build_tiny(folder, corpus=phrases(), max_pixels=4096 * 28 * 28)
     path = folder / "config.json"
     config = json.loads(path.read_text())
     text, vision = SHAPES[shape]

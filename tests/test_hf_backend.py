@@ -82,15 +82,17 @@ class World:
 
     @torch.no_grad()
     def logits(self, rollouts) -> torch.Tensor:
-        """(B, C, V) logits of the completion tokens by one forward over the packed batch, as the trainer's."""
+        """(B, C, V) logits of the completion tokens by one padded forward, every picture as often as it is shown."""
         batch = pack(
             rollouts, self.features, pad_id=self.pad, image_token_id=self.image_id, device=torch.device("cpu")
         )
         length = batch["completion_ids"].shape[1]
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
         logits = self.model(
-            input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+            input_ids=ids,
             attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
-            **{name: batch[name] for name in ("mm_token_type_ids", "pixel_values", "image_grid_thw")},
+            mm_token_type_ids=(ids == self.image_id).int(),
+            **self.features.batch([image for rollout in rollouts for image in rollout.images]),
         ).logits
         return logits[:, -length - 1 : -1]
 

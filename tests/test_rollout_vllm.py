@@ -13,9 +13,12 @@ from vt_trl.generation.vllm_common import content_id
 
 pytest.importorskip("vllm")
 from benchmarks import rollout  # noqa: E402
-from benchmarks.rollout_parts import Plan, World  # noqa: E402
+from benchmarks.rollout_parts import Plan, World, phrases  # noqa: E402
 from benchmarks.serve import make_restless  # noqa: E402
+from benchmarks.step_engine import measure_engine  # noqa: E402
+from benchmarks.step_work import TEST, make_checkpoint, make_rollouts  # noqa: E402
 from vt_trl.generation.vllm import VLLMBackend  # noqa: E402
+from vt_trl.tiny import build_tiny  # noqa: E402
 
 pytestmark = pytest.mark.vllm
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -27,7 +30,8 @@ FIRST = {number: turns[0] for number, turns in enumerate(PLAN.turns)}
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
     """Its weights make the next token hang on picture and tokens, and every rollout gets them anew."""
-    world = World(tmp_path_factory.mktemp("world") / "model", width=64, layers=2, seats=6, context=2048)
+    folder = build_tiny(tmp_path_factory.mktemp("world") / "model", corpus=phrases(), hidden_size=64)
+    world = World(folder, seats=6, context=2048)
     make_restless(world.model)
     return world
 
@@ -132,3 +136,11 @@ def test_the_benchmark_takes_the_steps_that_the_plans_need(world, monkeypatch, t
         ratios = sorted(run[name]["seconds"] / run["ours"]["seconds"] for run in report["runs"])
         assert report[f"ratio_{name}"] == pytest.approx(sum(ratios) / 2, abs=1e-3)
     assert report["sync_seconds_trl"] > 0 and report["settings"]["group"] == 6
+
+
+def test_the_benchmark_of_an_update_measures_rollouts_and_syncs_of_both(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "model", "cpu")
+    found = measure_engine(checkpoint, TEST, {"50": make_rollouts(checkpoint, TEST, 50)}, "cpu", repeats=1)
+    assert set(found) == {"50"} and set(found["50"]) == {"rollout", "sync"}
+    for way in ("stock", "vt_trl"):
+        assert found["50"]["rollout"][way] > found["50"]["sync"][way] > 0

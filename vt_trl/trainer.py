@@ -166,8 +166,8 @@ class VTGRPOTrainer(UpdatingTrainer, ResumableTrainer, GRPOTrainer):
         if shown is not None and shown > allowed:
             logger.warning(
                 f"The image processor shrinks pictures to {allowed} pixels, and the environment shows up to {shown}: "
-                f"a larger full view would have less than 4 times the tokens of its low view. Set "
-                f"max_pixels: {allowed} in environment_args, or raise the processor's limit."
+                f"a larger picture would be shown smaller than the environment thinks. Set max_pixels: {allowed} in "
+                f"environment_args, or raise the processor's limit."
             )
 
     @contextmanager
