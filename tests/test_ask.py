@@ -35,7 +35,7 @@ def test_turns_and_pictures(arguments, tmp_path, capsys):
     assert cli.main([*arguments, "--policy", "helpers:AsksFirst", "--save-pictures", str(kept)]) == 0
     out = capsys.readouterr().out
     assert "turn 1" in out and "turn 2" in out
-    assert "shown: 112 x 112 px" in out and "asked for the full picture; 20 visual tokens" in out
+    assert "shown: 112 x 112 px" in out and "looked again; 20 visual tokens" in out
     assert [Image.open(kept / f"picture-{number}.png").size for number in (1, 2)] == [(56, 56), (112, 112)]
 
 

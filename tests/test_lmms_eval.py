@@ -137,7 +137,7 @@ def test_answers_come_without_tags_in_order_and_counted(make, said, batch_size):
     assert results[0].token_counts.output_tokens == lm.player.tally.generated_tokens // 2
     lifted = [line for line in said if "this is lifted" in line]
     assert len(lifted) == 1 and "max_new_tokens=1, until=['\\n']" in lifted[0]
-    assert any("2 questions played (2 answered); full picture asked for in 100.0%" in line for line in said)
+    assert any("2 questions played (2 answered); looked again in 100.0%" in line for line in said)
 
 
 def test_it_writes_what_the_pipeline_writes(make, checkpoint):
@@ -231,4 +231,4 @@ def test_the_command_runs_a_local_task(checkpoint, tmp_path):
     (results,) = out.rglob("*results.json")
     assert json.loads(results.read_text(encoding="utf-8"))["results"]["vt_local"]["exact_match,none"] == 0.75
     assert said.count("this is lifted") == 1
-    assert "4 questions played (4 answered); full picture asked for in 75.0%" in said
+    assert "4 questions played (4 answered); looked again in 75.0%" in said

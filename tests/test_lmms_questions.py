@@ -138,7 +138,7 @@ def test_the_tally_counts_everything():
     tally.add(rollout(ResizeEnv(), asked, answer("7")))
     for number in range(7):
         tally.add(DataError("too many", id=f"t/{number}"))
-    assert "2 questions played (2 answered); full picture asked for in 50.0%" in tally.summary()
+    assert "2 questions played (2 answered); looked again in 50.0%" in tally.summary()
     assert tally.summary().endswith("7 not shown")
     lines = tally.refusals().splitlines()
     assert lines[0].startswith("7 questions") and lines[1] == "  id 't/0': too many" and lines[-1] == "  and 2 more"

@@ -68,7 +68,7 @@ def test_the_launcher_runs_the_kit_with_our_model(kit, checkpoint, tmp_path, cap
     out = json.loads((tmp_path / "out.json").read_text())
     assert expected and out == {"model": ["mine"], "interleave": True, "answers": [expected, ""]}
     said = capsys.readouterr().out
-    assert "1 questions played (1 answered); full picture asked for in 100.0%" in said
+    assert "1 questions played (1 answered); looked again in 100.0%" in said
     assert "id 'Set/1': it has a part of type 'video'" in said
 
 

@@ -70,7 +70,7 @@ def _sizes(pictures: Sequence[Image.Image]) -> str:
 def _summary(result: PipelineResult) -> str:
     answer = f"none ({result.status})" if result.answer is None else printable(result.answer)
     return (
-        f"answer: {answer}\n{'asked for the full picture' if result.asked else 'did not ask'}; "
+        f"answer: {answer}\n{'looked again' if result.asked else 'did not look again'}; "
         f"{result.visual_tokens} visual tokens, {result.prompt_tokens} in the prompt, {result.generated_tokens} "
         f"generated; saw {_sizes(result.pictures)}"
     )

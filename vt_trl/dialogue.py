@@ -34,6 +34,7 @@ class Dialogue:
         self.turns: list[Turn] = []
         self.asked = self.attempted = False
         self.regions: list[Region] = []
+        self.parts: dict[int, Region] = {}
         self.end: Done | None = None
 
     def say(self, reply: str, truncated: bool = False) -> Observation | Done:
@@ -47,6 +48,7 @@ class Dialogue:
         else:
             self.asked = self.asked or outcome.granted
             self.regions += outcome.regions
+            self.parts |= outcome.parts(len(self.images))
             self.messages += outcome.messages
             self.images += [image for one in outcome.messages for image in one.images]
         return outcome
@@ -75,6 +77,7 @@ class Dialogue:
             attempted=self.attempted,
             detail=self.end.detail,
             regions=self.regions,
+            parts=self.parts,
         )
 
 

@@ -68,6 +68,7 @@ class _Episode:
     asked: bool = False
     attempted: bool = False
     regions: list[Region] = field(default_factory=list)
+    parts: dict[int, Region] = field(default_factory=dict)
     spoken: tuple[int, ...] = ()  # tokens of the turn under way
 
     def sampled(self, sample: Sample) -> None:
@@ -278,6 +279,7 @@ class RolloutRunner:
                 faults=outcome.faults,
                 detail=f"the tool's reply has {len(reply.token_ids)} tokens; raise max_completion_length",
             )
+        episode.parts |= outcome.parts(len(episode.images))
         episode.told(reply)
         episode.messages += outcome.messages
         episode.asked = episode.asked or outcome.granted
@@ -303,7 +305,8 @@ class RolloutRunner:
             attempted=episode.attempted,
             detail="" if done is None else done.detail,
             visual_tokens=episode.visual_tokens,
-            regions=episode.regions,
+            regions=list(episode.regions),
+            parts=dict(episode.parts),
         )
 
 

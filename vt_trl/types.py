@@ -113,6 +113,11 @@ class Observation:
     granted: bool = False
     regions: tuple[Region, ...] = ()
 
+    def parts(self, first: int) -> dict[int, Region]:
+        """The region that each of its pictures shows, the first of them counted as ``first``; {} if that is open."""
+        count = sum(len(one.images) for one in self.messages)
+        return dict(enumerate(self.regions, start=first)) if count == len(self.regions) else {}
+
 
 @dataclass(frozen=True)
 class Done:
@@ -169,6 +174,7 @@ class Rollout:
     detail: str = ""
     visual_tokens: int = 0  # image tokens in prompt and completion together
     regions: list[Region] = field(default_factory=list)  # parts that were cropped and shown, in order
+    parts: dict[int, Region] = field(default_factory=dict)  # the same by the picture that shows it, index into images
 
     @property
     def well_formed(self) -> bool:

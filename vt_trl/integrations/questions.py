@@ -136,7 +136,7 @@ class Tally:
         share = f"{self.asked / played:.1%}" if played else "-"
         visual = f"{mean(self.visual_tokens):.1f}" if played else "-"
         return (
-            f"{played} questions played ({ends}); full picture asked for in {share}; {visual} visual tokens each; "
+            f"{played} questions played ({ends}); looked again in {share}; {visual} visual tokens each; "
             f"{self.generated_tokens} tokens generated in {self.seconds:.1f} s; {len(self.refused)} not shown"
         )
 

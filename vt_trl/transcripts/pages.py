@@ -20,7 +20,7 @@ PER_PAGE = 50
 MEMBERS = 64  # of one group on a page, at most
 CURVES = (
     ("Reward", "reward"),
-    ("Requests for the full picture", "request_rate"),
+    ("Requests to look again", "request_rate"),
     ("Accuracy", "accuracy"),
     ("Entropy", "entropy"),
 )
@@ -72,12 +72,13 @@ class Pages:
             for member, place in zip(members, places, strict=False)
             for index in range(len(member.images))
         }
+        step = "" if one.step is None else f"Step {one.step}, "
         cut = f" The first {MEMBERS} are shown." if len(places) > MEMBERS else ""
         return self._template.render(
             page="group",
             home=True,
             title=self.run.title,
-            said=f"Step {one.step}, row {one.id}: {len(places)} rollouts of one question.{cut}",
+            said=f"{step}row {one.id}: {len(places)} rollouts of one question.{cut}",
             groups=[{"title": one.question, "members": [_entry(member, {}) for member in members]}],
             source=lambda transcript, index: addresses.get((id(transcript), index), ""),
         )
@@ -98,7 +99,7 @@ class Pages:
         choices = [choice for choice in (*self._choices(), ("step", "Step", self.run.choices("step"))) if choice[2]]
         marks = {name: {value: number for number, value in enumerate(values)} for name, _, values in choices}
         groups = [
-            {"title": f"Step {members[0].step}: {members[0].question}", "members": [_entry(m, marks) for m in members]}
+            {"title": _title(members[0]), "members": [_entry(m, marks) for m in members]}
             for members in _by_group(transcripts)
         ]
         rules = [{"name": name, "value": value} for name in marks for value in marks[name].values()]
@@ -152,6 +153,10 @@ def write_page(run: Run, path: str | Path, wanted: Filter, limit: int) -> Path:
 
 def _by_group(transcripts: Sequence[Transcript]) -> list[list[Transcript]]:
     return [list(members) for _, members in groupby(transcripts, lambda one: (one.step, one.mode, one.group))]
+
+
+def _title(one: Transcript) -> str:
+    return one.question if one.step is None else f"Step {one.step}: {one.question}"
 
 
 def _entry(transcript: Transcript, marks: dict[str, dict[str, int]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +16,7 @@ from PIL import Image
 from vt_trl.envs.inline import boxes_in
 from vt_trl.envs.reply import parse_reply
 from vt_trl.metrics import RolloutRecord
+from vt_trl.transcripts.looks import Part, looks_of
 from vt_trl.types import ImagePart, Message, Rollout, Turn
 
 LOSSLESS_PIXELS = 65_536  # smaller pictures are kept as PNG, to the bit; larger ones as JPEG
@@ -29,7 +30,8 @@ class Picture:
     """A picture of a turn: ``index`` into the transcript's images, standing before character ``at`` of the text.
 
     ``width`` and ``height`` are the pixels the model saw; the image kept may be smaller (:class:`PictureEncoder`).
-    ``tokens``: its visual tokens, None where that is not known.
+    ``tokens``: its visual tokens, None where that is not known. ``look``: the number of the look that it shows, from
+    1; ``parts``: what later looks showed of it, to be drawn on it.
     """
 
     index: int
@@ -37,6 +39,8 @@ class Picture:
     width: int
     height: int
     tokens: int | None = None
+    look: int | None = None
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,11 @@ class Transcript:
         return _VERDICTS[self.correct]
 
     @property
+    def looks(self) -> int:
+        """How many parts of pictures it was shown."""
+        return sum(one.look is not None for turn in self.turns for one in turn.pictures)
+
+    @property
     def finished(self) -> bool:
         return self.status != UNDER_WAY
 
@@ -179,11 +188,13 @@ def plain(value: Any) -> str:
 
 def _turns(rollout: Rollout) -> tuple[TranscriptTurn, ...]:
     tokens, replies, index = iter(tokens_per_image(rollout)), iter(rollout.turns), 0
+    numbers, parts = looks_of(rollout)
     turns = []
     for position, message in enumerate(rollout.messages):
         prompt = position < rollout.prompt_messages
         reply = None if prompt or message.role != "assistant" else next(replies, None)
         text, pictures = _laid_out(message, index, tokens)
+        pictures = tuple(replace(one, look=numbers.get(one.index), parts=parts.get(one.index, ())) for one in pictures)
         index += len(pictures)
         status = "prompt" if prompt else "told" if reply is None else "sampled" if reply.finished else "cut"
         own = {} if reply is None else _reply(reply)

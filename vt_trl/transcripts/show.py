@@ -45,6 +45,11 @@ def number(value: Any, digits: int = 1, sign: str = "") -> str:
     return f"{value:{sign}.{digits}f}" if is_number(value) else NOTHING
 
 
+def percent(value: Any) -> str:
+    """A share as SVG writes it."""
+    return f"{100 * value:.4g}%" if is_number(value) else "0%"
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
 
@@ -54,7 +59,7 @@ def environment() -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("vt_trl"), autoescape=True, undefined=jinja2.ChainableUndefined, trim_blocks=True
     )
-    made.filters |= {"share": share, "number": number}
+    made.filters |= {"share": share, "number": number, "percent": percent}
     made.globals |= {"picture_scale": picture_scale, "inline": inline}
     return made
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vt_trl.transcripts.looks import Part
 from vt_trl.transcripts.record import Picture, Transcript, TranscriptTurn
 
 METADATA = b"vt_trl"
@@ -34,7 +36,8 @@ def schema() -> pa.Schema:
     from datasets import Features, Image, List, Value
 
     text, whole, real, truth = (Value(kind) for kind in ("string", "int64", "float64", "bool"))
-    picture = {"index": whole, "at": whole, "width": whole, "height": whole, "tokens": whole}
+    part = {"number": whole} | {edge: real for edge in ("left", "top", "right", "bottom")}
+    picture = {name: whole for name in ("index", "at", "width", "height", "tokens", "look")} | {"parts": List(part)}
     turn = {"role": text, "text": text, "status": text, "pictures": List(picture), "tokens": whole, "call": text}
     columns = {name: text for name in ("question", "answer", "status", "verdict", "verdict_reason", "id", "source")}
     columns |= {name: text for name in ("mode", "group", "detail")}
@@ -78,16 +81,14 @@ def _row(transcript: Transcript) -> dict[str, Any]:
         "images": [{"bytes": data, "path": None} for data in transcript.images],
         "rewards": [{"name": name, "score": score} for name, score in transcript.rewards.items()],
         "extra": [{"name": name, "text": text} for name, text in transcript.extra.items()],
-        "turns": [vars(turn) | {"pictures": [vars(one) for one in turn.pictures]} for turn in transcript.turns],
+        "turns": [asdict(turn) for turn in transcript.turns],
     }
 
 
 def transcript_of(row: Mapping[str, Any]) -> Transcript:
     """A transcript from a row of the table; without the column ``images`` it has none."""
     turns = [
-        TranscriptTurn(
-            **turn | {"pictures": tuple(Picture(**one) for one in turn["pictures"]), "faults": tuple(turn["faults"])}
-        )
+        TranscriptTurn(**turn | {"pictures": tuple(map(_picture, turn["pictures"])), "faults": tuple(turn["faults"])})
         for turn in row["turns"]
     ]
     return Transcript(
@@ -100,6 +101,10 @@ def transcript_of(row: Mapping[str, Any]) -> Transcript:
             "extra": {one["name"]: one["text"] for one in row["extra"]},
         }
     )
+
+
+def _picture(stored: Mapping[str, Any]) -> Picture:
+    return Picture(**stored | {"parts": tuple(Part(**one) for one in stored.get("parts") or ())})
 
 
 def read_transcripts(path: str | Path) -> list[Transcript]:
