@@ -4,6 +4,7 @@ import json
 import logging
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Value
 from helpers import png, row
@@ -231,3 +232,34 @@ def test_rows_with_several_pictures_are_for_environments_that_take_them(folder):
         episode_row(loaded[1])
     with pytest.raises(DataError, match="3 images, and the environment takes up to 2"):
         episode_row({**loaded[1], "images": ["a", "b", "c"]}, 2)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "save_to_disk", "beside image"])
+def test_embedded_lists_of_several_pictures_are_read(tmp_path, kind):
+    """Rows of one, two and three pictures; the last lacks the bytes of one, and names a file in their place."""
+    pictures = [{"bytes": png((10 + number, 0, 0)), "path": None} for number in range(3)]
+    lost = None if kind == "save_to_disk" else {"bytes": None, "path": "/etc/passwd"}  # saving would embed it
+    lists = [pictures[:1], pictures[1:], pictures, [pictures[0], lost]]
+    rows = {"images": lists, "question": ["<image> or <image2>?"] * 4, "answer": ["a"] * 4, "id": list("abcd")}
+    texts = {name: Value("string") for name in ("question", "answer", "id")}
+    if kind == "beside image":  # as data preparation writes it: no list where there is one picture
+        rows |= {"images": [None, *lists[1:]], "image": [one[0] for one in lists]}
+        texts |= {"image": datasets.Image()}
+    dataset = Dataset.from_dict(
+        rows, features=Features({**texts, "images": datasets.List(datasets.Image(decode=False))})
+    )
+    if kind == "save_to_disk":
+        dataset.save_to_disk(tmp_path / "rows")
+    else:
+        (tmp_path / "rows").mkdir()
+        pq.write_table(dataset.data.table, tmp_path / "rows" / "train.parquet")
+    loaded = load_rows(tmp_path / "rows")
+    two, three = (episode_row(loaded[number], 3) for number in (1, 2))
+    assert [image.getpixel((0, 0))[0] for image in two["images"]] == [11, 12]
+    assert red(loaded[0] | {"question": "?"}) == 10
+    assert [image.getpixel((0, 0))[0] for image in three["images"]] == [10, 11, 12]
+    assert two["image"] is two["images"][0] and two["question"] == "image 1 or image 2?"
+    assert loaded[1]["image"]["bytes"] == pictures[1]["bytes"] and loaded[0]["images"] is None
+    assert [bad.number for bad in check_rows(loaded, most_pictures=3)] == [0, 3]  # two markers, one picture
+    assert "does not embed" in check_rows(loaded, most_pictures=3)[1].reason
+    assert "2 images and needs exactly one" in check_rows(loaded)[1].reason

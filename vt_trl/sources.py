@@ -2,9 +2,9 @@
 
 A loaded row is ``{id: str, image, question: str, answer: list[str], data_source: str}`` plus the source's own scalar
 columns and lists of scalars, such as options. ``image`` is embedded (``datasets.Image(decode=False)``) or an absolute
-path. A picture that is no file of the data set, or a line that is no JSON, is noted in a column ``image_error``, which
-exists only then, so that one bad row does not keep a data set from loading. Published VisionThink columns (arXiv
-2507.13348) are renamed.
+path; a row with several pictures has all of them as ``images``, too, the first of which is ``image``. A picture that
+is no file of the data set, or a line that is no JSON, is noted in a column ``image_error``, which exists only then, so
+that one bad row does not keep a data set from loading. Published VisionThink columns (arXiv 2507.13348) are renamed.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _columns(names: Sequence[str], source: str) -> tuple[dict[str, str], list[st
     if missing:
         needed = ", ".join(" or ".join(map(repr, theirs)) for theirs in missing)
         raise DataError(f"{source!r} has the columns {sorted(names)}, but lacks {needed}; rename or add them")
-    used = {*chosen.values(), *NAMES, "image_error"}
+    used = {*chosen.values(), *NAMES, "images", "image_error"}
     return {ours: name for ours, name in chosen.items() if name}, [name for name in names if name not in used]
 
 
@@ -217,11 +217,14 @@ def _paths_or_error(row: Mapping[str, Any], name: str, root: Path) -> tuple[list
     if isinstance(row, BrokenLine):
         return [], row.why
     try:
-        value = row.get(name)
-        several = isinstance(value, list | tuple) and len(value) > 1
-        return [_path(one, root) for one in (value if several else [only_image(value)])], ""
+        value = row.get("images") if _several(row.get("images")) else row.get(name)
+        return [_path(one, root) for one in (value if _several(value) else [only_image(value)])], ""
     except DataError as error:
         return [], error.reason
+
+
+def _several(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 1
 
 
 def _path(value: Any, root: Path) -> str:
@@ -230,17 +233,17 @@ def _path(value: Any, root: Path) -> str:
 
 
 def _from_dataset(dataset: Dataset, root: Path, source: str) -> Dataset:
-    """Rows of an Arrow table. Embedded pictures stay where they are, neither read nor copied (lists of one are)."""
+    """Rows of an Arrow table. Embedded pictures stay where they are, neither read nor copied (lists of them are)."""
     names, others = _columns(dataset.column_names, source)
-    column, kind = names["image"], dataset.features[names["image"]]
-    listed = isinstance(kind, datasets.List)
-    if getattr(kind.feature if listed else kind, "dtype", "") not in ("string", "large_string"):
-        dataset = dataset.cast_column(column, datasets.List(EMBEDDED) if listed else EMBEDDED)
-        base = dataset.select_columns([column, *(name for name in others if is_flat(dataset.features[name]))])
-        base = base if column == "image" else base.rename_column(column, "image")
-        if listed:
-            kinds = Features({**base.features, "image": EMBEDDED})
-            base = base.map(_unlist, batched=True, batch_size=64, features=kinds)
+    kinds = dataset.features
+    listed = [name for name in ("images", names["image"]) if isinstance(kinds.get(name), datasets.List)][:1]
+    pictures = list(dict.fromkeys([names["image"], *listed]))
+    if not any(_is_text(kinds[name]) for name in pictures):
+        for name in pictures:
+            dataset = dataset.cast_column(name, datasets.List(EMBEDDED) if name in listed else EMBEDDED)
+        base = dataset.select_columns([*pictures, *(name for name in others if is_flat(kinds[name]))])
+        base = _one_or_several(base, *listed) if listed else base
+        base = base if "image" in base.column_names else base.rename_column(names["image"], "image")
         there = pc.is_valid(pc.struct_field(base.data.column("image"), "bytes")).to_pylist()
         if any(there):
             texts = {ours: list(dataset[name]) for ours, name in names.items() if ours != "image"}
@@ -248,8 +251,31 @@ def _from_dataset(dataset: Dataset, root: Path, source: str) -> Dataset:
     return _from_records(dataset.to_list(), root, source)
 
 
-def _unlist(batch: dict[str, list]) -> dict[str, list]:
-    return {"image": [value[0] if value is not None and len(value) == 1 else None for value in batch["image"]]}
+def _is_text(kind: Any) -> bool:
+    """Whether a column of pictures holds paths."""
+    kind = kind.feature if isinstance(kind, datasets.List) else kind
+    return getattr(kind, "dtype", "") in ("string", "large_string")
+
+
+def _one_or_several(base: Dataset, listed: str) -> Dataset:
+    """Rows whose embedded pictures are lists, as ``image``, and where a row has several of them as ``images``, too.
+
+    An ``image`` of a row's own counts where its list is empty; with a picture without bytes the row has none.
+    """
+    several = (pc.max(pc.list_value_length(base.data.column(listed))).as_py() or 0) > 1
+
+    def split(batch: dict[str, list]) -> dict[str, list]:
+        lists = batch[listed]
+        own = batch["image"] if listed != "image" and "image" in batch else [None] * len(lists)
+        whole = [bool(found) and all(one and one["bytes"] is not None for one in found) for found in lists]
+        pairs = list(zip(lists, whole, strict=True))
+        first = [found[0] if good else None if found else one for (found, good), one in zip(pairs, own, strict=True)]
+        many = [found if good and len(found) > 1 else None for found, good in pairs]
+        return {"image": first} | ({"images": many} if several else {})
+
+    rest = {name: kind for name, kind in base.features.items() if name not in ("image", "images")}
+    kinds = Features({"image": EMBEDDED, **({"images": datasets.List(EMBEDDED)} if several else {}), **rest})
+    return base.map(split, batched=True, batch_size=64, features=kinds, remove_columns=[listed])
 
 
 def is_flat(value: Any) -> bool:
