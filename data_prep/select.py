@@ -1,8 +1,9 @@
-"""Which pictures need their full resolution? Rows sorted by what a base model can read (VisionThink, Section 3.5).
+"""Which rows need more than the first sight? Sorted by what a base model can read (VisionThink, Section 3.5).
 
 Each row is answered several times at temperature 1, at low and at full resolution, by the environment ``direct`` and
 its resolution rule, and every answer is judged. All right at both: low is enough. Full ahead by the margin: full is
-needed. The rest is counted and left out. Work is kept shard by shard; a run that was killed goes on where it was.
+needed. With ``--environment zoom``, ``look`` or your own the two ways are an answer at once and one after looking. The
+rest is counted and left out. Work is kept shard by shard; a run that was killed goes on where it was.
 
     vt-trl prepare select --dataset ROWS --model MODEL --out FOLDER
     accelerate launch --num_processes 8 -m data_prep.select --dataset ROWS --model MODEL --out FOLDER
@@ -14,13 +15,15 @@ import argparse
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep import main
 from data_prep.kinds import Rule, shards_of
+from data_prep.ways import RESOLUTIONS, Ways, ways_of
 from data_prep.work import Work, model_print, rows_print
 from vt_trl.commands.options import json_option
 from vt_trl.errors import ConfigError
@@ -29,7 +32,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from data_prep.counting import RowCount
+    from vt_trl.envs import Environment
     from vt_trl.judges import JudgeReward
+    from vt_trl.rollout import RolloutRunner
 
 logger = logging.getLogger(__name__)
 _POLL = 2.0  # seconds between looks at what other processes have finished
@@ -43,14 +48,23 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="base model that answers: an id or a folder")
     parser.add_argument("--revision", default=None, help="branch, tag or commit of the model")
     parser.add_argument("--out", required=True, type=Path, help="folder for work, rows and report")
-    parser.add_argument("--rollouts", type=int, default=8, help="answers per row and resolution")
-    parser.add_argument("--margin", type=int, default=6, help="full is needed when it is ahead by this many answers")
+    parser.add_argument("--rollouts", type=int, default=8, help="answers per row, each way")
+    parser.add_argument("--margin", type=int, default=6, help="more is needed when it is ahead by this many answers")
     parser.add_argument("--size", type=int, default=None, help="rows to choose (default: as many as the share allows)")
-    parser.add_argument("--share-full", type=float, default=0.5, help="share of the chosen rows that need full")
+    parser.add_argument("--share-full", type=float, default=0.5, help="share of the chosen rows that need more")
     parser.add_argument("--seed", type=int, default=0, help="of the answers and of the choice")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--max-turn-tokens", type=int, default=2048, help="tokens of one answer at most")
-    parser.add_argument("--environment-args", default="{}", help="settings of `direct` as JSON, as in a recipe")
+    parser.add_argument(
+        "--max-completion-length", type=int, default=32_768, help="tokens of all turns and tool replies, when looking"
+    )
+    parser.add_argument(
+        "--environment",
+        default="direct",
+        help="direct (low or full), or zoom, look, module:Class (at once or looking)",
+    )
+    parser.add_argument("--environment-args", default="{}", help="its settings as JSON, as in a recipe")
+    parser.add_argument("--no-steer", action="store_true", help="when looking, do not ask the model in words to look")
     parser.add_argument("--judge", default="rule", help="rule, openai, local, cascade, or module:Class")
     parser.add_argument("--judge-args", default="{}", help="settings of the judge as JSON; never a key")
     parser.add_argument(
@@ -92,6 +106,7 @@ class Job:
 
     options: argparse.Namespace
     rule: Rule
+    ways: Ways
     dataset: Dataset
     work: Work
     judge: JudgeReward
@@ -101,14 +116,17 @@ class Job:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Job:
+        from data_prep.counting import both_ways
         from vt_trl.data import load_rows
         from vt_trl.judges import make_judge, make_judge_reward
         from vt_trl.judges.cache import default_folder
 
         rule = Rule(options.rollouts, options.margin)
         environment = json_option(options.environment_args, "--environment-args")
-        if "resolution" in environment:
+        ways = ways_of(options.environment)
+        if "resolution" in environment and ways is RESOLUTIONS:
             raise ConfigError("--environment-args names a resolution, but a selection looks at both; take it out.")
+        both_ways(options.environment, environment)  # wrong settings fail here
         judge = make_judge(options.judge, json_option(options.judge_args, "--judge-args"))
         rules_only = options.judge == "rule"  # that it leaves answers open is no outage
         most = options.max_failed if options.max_failed is not None else (1.0 if rules_only else 0.1)
@@ -119,9 +137,8 @@ class Job:
             raise ConfigError(f"shard_rows is {options.shard_rows}; a shard holds at least one row.")
         settings = fingerprint(options, dataset, environment, judge.fingerprint())
         process, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        job = cls(
-            options, rule, dataset, Work(options.out / "work", settings), reward, environment, process, processes
-        )
+        work = Work(options.out / "work", settings)
+        job = cls(options, rule, ways, dataset, work, reward, environment, process, processes)
         if process == 0 and job.shards < processes:
             logger.warning(
                 "%d shards of %d rows for %d processes: some have nothing to do. Lower --shard-rows.",
@@ -160,30 +177,39 @@ class Job:
 
         settings = SamplingSettings(temperature=self.options.temperature, seed=self.options.seed)
         rows = [(number, self.dataset[number]) for number in self.numbers(shard)]
-        counts = count_rows(self.runner, rows, self.rule.rollouts, settings, self.judge)
+        counts = count_rows(self.runner, rows, self.rule.rollouts, settings, self.judge, self.ways)
         self.work.write(shard, [count.as_dict() for count in counts])
 
-    @property
-    def runner(self) -> Any:
+    @cached_property
+    def runner(self) -> RolloutRunner:
         """The rollout loop; the model is loaded when the first shard needs it."""
-        if not hasattr(self, "_runner"):
-            from data_prep.counting import BothViews
-            from vt_trl.generation.standalone import Checkpoint, open_runner
-            from vt_trl.rollout import Limits
+        from vt_trl.generation.standalone import Checkpoint, open_runner
+        from vt_trl.rollout import Limits
 
-            options = self.options
-            BothViews(**self.environment)  # wrong settings fail here
-            checkpoint = Checkpoint(
-                options.model,
-                options.revision,
-                options.backend,
-                options.dtype,
-                options.max_batch,
-                options.gpu_memory_utilization,
-            )
-            limits = Limits(options.max_turn_tokens, options.max_turn_tokens)
-            self._runner = open_runner(checkpoint, lambda: BothViews(**self.environment), limits)
-        return self._runner
+        options = self.options
+        checkpoint = Checkpoint(
+            options.model,
+            options.revision,
+            options.backend,
+            options.dtype,
+            options.max_batch,
+            options.gpu_memory_utilization,
+        )
+        turns = self.make_both().max_turns
+        completion = options.max_turn_tokens if turns == 1 else options.max_completion_length
+        return open_runner(checkpoint, self.make_both, Limits(options.max_turn_tokens, completion))
+
+    @cached_property
+    def make_both(self) -> Callable[[], Environment]:
+        """A factory of environments that play whichever way a row names, as the model sees pictures."""
+        from data_prep.counting import both_ways
+        from vt_trl.generation.standalone import Checkpoint, open_parts
+
+        options = self.options
+        sight = None
+        if self.ways is not RESOLUTIONS:
+            sight = open_parts(Checkpoint(options.model, options.revision)).sight
+        return both_ways(options.environment, self.environment, sight, not options.no_steer)
 
     def wait(self) -> None:
         """Until the other processes have finished their shards; a process that fails ends the whole launch."""
@@ -218,7 +244,10 @@ def fingerprint(
         "rollouts": options.rollouts,
         "temperature": options.temperature,
         "max_turn_tokens": options.max_turn_tokens,
+        "max_completion_length": options.max_completion_length,
+        "environment": options.environment,
         "environment_args": environment,
+        "steer": not options.no_steer,
         "judge": judge,
         "seed": options.seed,
         "shard_rows": options.shard_rows,

@@ -61,6 +61,7 @@ class UnitWriter:
             row = {**row, "image": {"bytes": picture, "path": None}}
         self._rows.append(row)
         self._held += len(row["image"]["bytes"]) + 200
+        self._held += sum(len(one["bytes"]) for one in row.get("images") or ())
         if len(self._rows) >= _GROUP_ROWS or self._held >= _GROUP_BYTES:
             self._flush()
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from data_prep import select
 from data_prep.counting import BothViews, count_rows
 from data_prep.kinds import Kind, Rule
+from data_prep.ways import RESOLUTIONS
 from vt_trl.chat import ChatEncoder
 from vt_trl.data import load_rows
 from vt_trl.errors import ConfigError, JudgeOutage
@@ -87,7 +88,9 @@ def test_right_answers_are_counted_at_both_resolutions(scripted):
         1: {"low": [right, wrong, "no tags"], "full": [right] * 3},
         2: {"low": [answer("2")] * 3, "full": [answer("2"), "<think>and so on…", answer("2")]},
     }
-    one, two = count_rows(scripted(script), [(4, stored(1)), (9, stored(2))], 3, SamplingSettings(), judge())
+    one, two = count_rows(
+        scripted(script), [(4, stored(1)), (9, stored(2))], 3, SamplingSettings(), judge(), RESOLUTIONS
+    )
     assert (one.number, one.id, one.source) == (4, "r1", "easy")
     assert one.verdicts == {"low": ["right", "wrong", "wrong"], "full": ["right"] * 3}
     assert one.answers["low"] == ["1", "2", None]
@@ -109,7 +112,7 @@ def test_bad_rows_and_failed_verdicts_are_named_and_never_scored(scripted):
         (2, stored(3, image=PILImage.new("RGB", (1000, 2)))),
         (3, stored(5)),
     ]
-    open_, unreadable, narrow, good = count_rows(scripted(script), rows, 1, SamplingSettings(), judge())
+    open_, unreadable, narrow, good = count_rows(scripted(script), rows, 1, SamplingSettings(), judge(), RESOLUTIONS)
     assert open_.kind(Rule(1, 1)) is K.JUDGE_FAILED and open_.failures[0] == "no rule fits"
     assert unreadable.kind(Rule(1, 1)) is narrow.kind(Rule(1, 1)) is K.BAD_ROW
     assert "cannot read the image" in unreadable.error and "aspect ratio" in narrow.error
@@ -117,7 +120,14 @@ def test_bad_rows_and_failed_verdicts_are_named_and_never_scored(scripted):
     with pytest.raises(JudgeOutage):
         strict = make_judge_reward(make_judge("rule"), max_failed=0.1)
         many = [(n, stored(1, answer=["the narrow street behind the church"])) for n in range(16)]
-        count_rows(scripted({1: {"low": [prose] * 16, "full": [prose] * 16}}), many, 1, SamplingSettings(), strict)
+        count_rows(
+            scripted({1: {"low": [prose] * 16, "full": [prose] * 16}}),
+            many,
+            1,
+            SamplingSettings(),
+            strict,
+            RESOLUTIONS,
+        )
 
 
 # Draws that depend on the row alone.
@@ -126,7 +136,7 @@ def test_bad_rows_and_failed_verdicts_are_named_and_never_scored(scripted):
 def test_what_a_row_gets_does_not_depend_on_its_batch(checkpoint):
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(checkpoint)
-    rows = [stored(n, view_shown="low", image=picture(n, (56, 56)), question="Which " * n + "?") for n in range(1, 4)]
+    rows = [stored(n, way_shown="low", image=picture(n, (56, 56)), question="Which " * n + "?") for n in range(1, 4)]
 
     def sampled(chosen, seed, max_batch) -> list[list[int]]:
         runner = make_runner(model, processor, lambda: BothViews(**SMALL), Limits(12, 12), max_batch)

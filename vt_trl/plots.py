@@ -116,17 +116,19 @@ def _seed_lines(ax: Axes, seeds: Sequence[Points], source: str) -> None:
     ax.plot(steps, means, color=_COLOURS[source], linewidth=2.4, label=source)
 
 
-def plot_counts(histogram: Sequence[Sequence[int]], title: str, margin: int) -> Drawn:
-    """Rows by right answers at low (across) and at full resolution (up); ``histogram[low][full]``, square.
+def plot_counts(histogram: Sequence[Sequence[int]], ways: tuple[str, str], margin: int) -> Drawn:
+    """Rows by right answers in two ways, the first across and the second up; ``histogram[first][second]``, square.
 
-    Cells in which full is ahead by ``margin`` lie above the line.
+    ``ways``: in words, such as "at full resolution". Cells in which the second is ahead by ``margin`` lie above the
+    line.
     """
+    title = f"Right answers {ways[0]} and {ways[1]}"
     side = len(histogram)
     figure = Figure(figsize=(4.4, 4.0), layout="constrained")
     ax = figure.subplots()
     _dress(ax, title)
-    ax.set_xlabel("right at low resolution")
-    ax.set_ylabel("right at full resolution")
+    ax.set_xlabel(f"right {ways[0]}")
+    ax.set_ylabel(f"right {ways[1]}")
     ax.grid(visible=False)
     most = max(max(row) for row in histogram) or 1
     shown = [[math.sqrt(histogram[low][full] / most) for low in range(side)] for full in range(side)]
@@ -142,7 +144,7 @@ def plot_counts(histogram: Sequence[Sequence[int]], title: str, margin: int) -> 
     ahead = sum(count for low, full, count in rows if full - low >= margin)
     file = io.BytesIO()
     _save(figure, file, "svg")
-    said = f"{histogram[-1][-1]} rows all right at both, {ahead} with full ahead by {margin} or more"
+    said = f"{histogram[-1][-1]} rows all right both ways, {ahead} ahead {ways[1]} by {margin} or more"
     return Drawn(file.getvalue(), f"{title}: {said}, of {sum(count for *_, count in rows)}")
 
 
