@@ -14,6 +14,8 @@ from vt_trl.commands import Command
 
 STEPS: dict[str, Command] = {
     "check": Command("every bad row with every reason, set aside, none lost", "data_prep.check"),
+    "difficulty": Command("how hard each row is for a model, in bands, and what has moved", "data_prep.difficulty"),
+    "distill": Command("seed traces by a captioner and a reasoner, for vt-trl sft", "data_prep.distill"),
     "filter": Command(
         "keep unique answers, one row of each, balanced, neither too easy nor too hard", "data_prep.filter"
     ),

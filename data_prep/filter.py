@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from data_prep import main
 from vt_trl.errors import ConfigError
@@ -24,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
         "--judge-args", default="{}", help="its settings as JSON (docs/judges.md): '{\"base_url\": ...}'"
     )
     parser.add_argument("--dedupe", action="store_true", help="drop the same question about the same picture")
+    parser.add_argument("--band", nargs="+", choices=("easy", "medium", "hard"), help="keep rows of these bands")
     parser.add_argument("--pass-rate", metavar="COLUMN[/N]", help="drop what is always right or never, by this column")
     parser.add_argument("--min-pass", type=float, default=0.0, help="rates up to this are too hard")
     parser.add_argument("--max-pass", type=float, default=1.0, help="rates from this on are too easy")
@@ -37,8 +36,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> None:
+    from data_prep.fates import report_of, show_fates
     from data_prep.filtering import DROPPED, Filters, filter_set
     from data_prep.finding import find
+    from data_prep.units import totals
 
     try:
         settings = json.loads(options.judge_args)
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace) -> None:
         judge_args=settings,
         max_words=options.max_answer_words,
         dedupe=options.dedupe,
+        bands=tuple(options.band or ()),
         pass_rate=options.pass_rate,
         min_pass=options.min_pass,
         max_pass=options.max_pass,
@@ -61,44 +63,10 @@ def run(options: argparse.Namespace) -> None:
     )
     found = find(options.source, options.split, options.files)
     manifest = filter_set(found, Path(options.out), filters, workers=options.workers)
-    report = report_of(manifest)
+    report = report_of(totals(manifest))
     (Path(options.out) / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    _show(report)
+    show_fates(report)
     print(f"dropped rows: {Path(options.out) / DROPPED}")
-
-
-def report_of(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Counts of a filtered set: ``{all, kept, dropped: {reason: count}, sources: {source: {fate: count}}}``."""
-    from data_prep.units import totals
-
-    sources: dict[str, Counter[str]] = {}
-    for name, count in totals(manifest).items():
-        source, tab, fate = name.rpartition("\t")
-        if tab:
-            sources.setdefault(source, Counter())[fate] += count
-    fates = sum(sources.values(), Counter())
-    kept = fates.pop("kept", 0)
-    return {
-        "all": kept + fates.total(),
-        "kept": kept,
-        "dropped": dict(fates.most_common()),
-        "sources": {source: dict(counts) for source, counts in sorted(sources.items())},
-    }
-
-
-def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"{report['kept']} of {report['all']} rows kept")
-    reasons = list(report["dropped"])
-    for name in ("source", "kept", *reasons):
-        table.add_column(escape(name), justify="left" if name == "source" else "right")
-    for source, counts in report["sources"].items():
-        table.add_row(escape(source), *(str(counts.get(fate, 0)) for fate in ("kept", *reasons)))
-    table.add_row("all", str(report["kept"]), *(str(report["dropped"][fate]) for fate in reasons), style="bold")
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,20 @@ from vt_trl.rows import examine
 DROPPED = "dropped.jsonl"
 
 
+def rate_column(text: str) -> tuple[str, float]:
+    """Column of a pass rate and what to divide it by: ``COLUMN``, or ``COLUMN/N`` for a count of N."""
+    name, _, of = text.partition("/")
+    if not name or (of and not (of.isdigit() and int(of) > 0)):
+        raise ConfigError(f"--pass-rate is {text!r}; write COLUMN, or COLUMN/N for a count of N.")
+    return name, float(of or 1)
+
+
+def rate_of(value: Any, divisor: float) -> float | None:
+    """A pass rate from 0 to 1, or None for a value that is none."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value / divisor <= 1
+    return value / divisor if good else None
+
+
 @dataclass(frozen=True)
 class Filters:
     """Which filters run, and their settings.
@@ -40,6 +54,7 @@ class Filters:
         judge: a model that is asked about what the rules leave; ``judge_args`` are those of the openai judge.
         max_words: longest answer that counts as short.
         dedupe: drop a row whose picture has an earlier row with the same question.
+        bands: keep rows of these bands only, as `prepare difficulty` writes them into the column ``band``.
         pass_rate: column with a share of right answers, or ``column/N`` with how many of N were right.
         min_pass, max_pass: kept are rates between the two, both excluded: by default neither 0 nor 1.
         max_per_source, max_share: most rows of one source, and its largest share of what is kept.
@@ -51,6 +66,7 @@ class Filters:
     judge_args: Mapping[str, Any] = field(default_factory=dict)
     max_words: int = MAX_WORDS
     dedupe: bool = False
+    bands: tuple[str, ...] = ()
     pass_rate: str | None = None
     min_pass: float = 0.0
     max_pass: float = 1.0
@@ -59,10 +75,11 @@ class Filters:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        chosen = (self.unique, self.judge, self.dedupe, self.pass_rate, self.max_per_source, self.max_share)
-        if not any(chosen):
+        chosen = (self.unique, self.judge, self.dedupe, self.bands, self.pass_rate)
+        if not any((*chosen, self.max_per_source, self.max_share)):
             raise ConfigError(
-                "no filter is set; choose --unique, --judge, --dedupe, --pass-rate, --max-per-source or --max-share."
+                "no filter is set; choose --unique, --judge, --dedupe, --band, --pass-rate, --max-per-source or "
+                "--max-share."
             )
         if self.max_per_source is not None and self.max_per_source < 1:
             raise ConfigError(f"--max-per-source is {self.max_per_source}; it must be 1 or more.")
@@ -76,12 +93,7 @@ class Filters:
 
     def rate(self) -> tuple[str, float] | None:
         """Column of the pass rate and what to divide it by."""
-        if self.pass_rate is None:
-            return None
-        name, _, of = self.pass_rate.partition("/")
-        if not name or (of and not (of.isdigit() and int(of) > 0)):
-            raise ConfigError(f"--pass-rate is {self.pass_rate!r}; write COLUMN, or COLUMN/N for a count of N.")
-        return name, float(of or 1)
+        return None if self.pass_rate is None else rate_column(self.pass_rate)
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,8 @@ def filter_set(
         rate = filters.rate()
         if rate and rate[0] not in reader.extras:
             raise ConfigError(f"--pass-rate: there is no column {rate[0]!r}, only {sorted(reader.features)}.")
+        if filters.bands and "band" not in reader.extras:
+            raise ConfigError("--band: there is no column 'band'; `vt-trl prepare difficulty` writes it.")
         looked = in_order(results(partial(_look, reader, filters), table.units, workers), len(table.units))
         dropped = _decide(looked, filters)
         spans = [range(unit[0].start, unit[-1].start + unit[-1].rows) for unit in table.units]
@@ -145,13 +159,15 @@ def _alone(row: Mapping[str, Any], filters: Filters) -> str | None:
     """Why a row is out by itself: too easy, too hard, or without a unique answer."""
     rate = filters.rate()
     if rate:
-        value = row[rate[0]]
-        if not isinstance(value, int | float) or not 0 <= value / rate[1] <= 1:
-            return f"no pass rate: {rate[0]} is {value!r}"
-        if value / rate[1] <= filters.min_pass:
-            return f"too hard: pass rate {value / rate[1]:.3g}"
-        if value / rate[1] >= filters.max_pass:
-            return f"too easy: pass rate {value / rate[1]:.3g}"
+        share = rate_of(row[rate[0]], rate[1])
+        if share is None:
+            return f"no pass rate: {rate[0]} is {row[rate[0]]!r}"
+        if share <= filters.min_pass:
+            return f"too hard: pass rate {share:.3g}"
+        if share >= filters.max_pass:
+            return f"too easy: pass rate {share:.3g}"
+    if filters.bands and row["band"] not in filters.bands:
+        return f"other band: {row['band']}" if row["band"] else "no band"
     why = open_question(row, filters.max_words) if filters.unique or filters.judge else None
     return f"no unique answer, by rule: {why}" if why else None
 

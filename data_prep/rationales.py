@@ -11,11 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vt_trl.dialogue import chat_messages
+from data_prep.speaking import EndpointSpeaker
 from vt_trl.envs.base import system, user
-from vt_trl.errors import ConfigError
-from vt_trl.judges.background import BackgroundLoop
-from vt_trl.judges.endpoint import Endpoint
 from vt_trl.judges.pacing import GiveUp, TryAgain
 from vt_trl.rewards.region import reasoning
 from vt_trl.types import Message, Rollout
@@ -31,23 +28,17 @@ LOGICAL = (
     "of a picture that you cannot see. Do the steps follow from each other, without repeating themselves, and lead to "
     "the answer? Answer with one word: yes or no."
 )
-_TOKENS = 1500  # of one question, for limits of tokens per minute
 
 
 class RationaleFilters:
     """Asks ``model`` behind an endpoint; ``settings`` are those of :class:`~vt_trl.judges.endpoint.Endpoint`."""
 
     def __init__(self, model: str, **settings: Any):
-        try:
-            self.endpoint = Endpoint(user="the filters ask an endpoint", **settings)
-        except TypeError as error:
-            raise ConfigError(f"--filter-args do not fit: {error}.") from error
-        self.model = model
-        self.endpoint.open()
-        self._loop = BackgroundLoop("vt_trl filters")
+        who = "the filters ask an endpoint"
+        self.speaker = EndpointSpeaker(model, who, "--filter-args", temperature=0.0, max_tokens=16, **settings)
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"filter_model": self.model, "questions": [NAMEABLE, LOGICAL]}
+        return {"filter_model": self.speaker.model, "questions": [NAMEABLE, LOGICAL]}
 
     def reasons(self, rollouts: Sequence[Rollout]) -> list[str | None | Exception]:
         """Per rollout None where it passes, else the filter that it does not pass, or why nobody could say."""
@@ -55,11 +46,10 @@ class RationaleFilters:
         async def all_of_them() -> list[str | None | Exception]:
             return await asyncio.gather(*map(self._reason, rollouts))
 
-        return self._loop.submit(all_of_them()).result()
+        return self.speaker.wait_for(all_of_them())
 
     def close(self) -> None:
-        self._loop.submit(self.endpoint.close()).result()
-        self._loop.stop()
+        self.speaker.close()
 
     async def _reason(self, rollout: Rollout) -> str | None | Exception:
         opening = sum(len(one.images) for one in rollout.messages[: rollout.prompt_messages])
@@ -73,13 +63,8 @@ class RationaleFilters:
             return error
 
     async def _yes(self, messages: Sequence[Message]) -> bool:
-        request = {"model": self.model, "messages": chat_messages(messages), "max_tokens": 16, "temperature": 0.0}
-
-        async def attempt() -> str:
-            text, _ = self.endpoint.choices(await self.endpoint.complete(request))[0]
-            return text
-
-        return (await self.endpoint.run(attempt, _TOKENS)).strip().casefold().strip(" .!\"'*").startswith("yes")
+        said = await self.speaker.reply(messages)
+        return said.text.casefold().strip(" .!\"'*").startswith("yes")
 
 
 def _told(rollout: Rollout) -> str:

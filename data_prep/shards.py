@@ -15,7 +15,7 @@ import base64
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -124,6 +124,13 @@ class UnitWriter:
         if self._parquet is not None:
             self._parquet.close()
         self._parquet, self._written = None, 0
+
+
+def earlier_rows(writer: UnitWriter, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Some columns of what earlier units of the run have written, in their order; units must be run one by one."""
+    files = sorted(writer.out.glob("train-*.parquet"))
+    earlier = [file for file in files if int(file.name.split("-")[1]) < writer.unit]
+    return [row for file in earlier for row in pq.read_table(file, columns=list(columns)).to_pylist()]
 
 
 def open_manifest(out: Path, made_of: Mapping[str, Any]) -> dict[str, Any]:

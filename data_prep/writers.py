@@ -7,16 +7,16 @@ rollout's would be.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from vt_trl.dialogue import Dialogue, chat_messages, refuse_inline
+from data_prep.speaking import EndpointSpeaker, Said, count_tokens
+from vt_trl.dialogue import Dialogue, refuse_inline
 from vt_trl.envs import Environment
-from vt_trl.errors import ConfigError, DataError
+from vt_trl.errors import DataError
 from vt_trl.generation.base import SamplingSettings
-from vt_trl.judges.background import BackgroundLoop
-from vt_trl.judges.endpoint import Endpoint
 from vt_trl.judges.pacing import GiveUp, TryAgain
 from vt_trl.rollout import RolloutRunner
 from vt_trl.types import Done, Observation, Rollout, TextPart
@@ -25,7 +25,6 @@ HINTS = {  # by a row's needs_full; shown to the writer only
     True: "For this picture call the tool first: say in a sentence or two what cannot be made out, and call it.",
     False: "What you see is enough for this question: reason briefly and answer without calling the tool.",
 }
-_PIXELS_PER_TOKEN = 750  # what a picture is taken to cost, for limits of tokens per minute
 
 
 class Steered(Environment):
@@ -59,10 +58,12 @@ class Steered(Environment):
 
 
 class Writer(Protocol):
-    """Writes one try per row."""
+    """Writes tries at rows. ``counts``: what it has counted since somebody cleared them, such as tokens."""
 
-    def write(self, rows: Sequence[dict[str, Any]], attempt: int) -> list[Rollout | str]:
-        """Finished episodes of decoded rows in their order, or why there is none."""
+    counts: Counter[str]
+
+    def write(self, rows: Sequence[dict[str, Any]], attempt: int, samples: int = 1) -> list[list[Rollout | str]]:
+        """``samples`` finished episodes of each decoded row, drawn each for itself, or why there is none."""
 
     def fingerprint(self) -> dict[str, Any]:
         """What its traces depend on (JSON values), without a key or an address, which a restart may change."""
@@ -72,78 +73,41 @@ class Writer(Protocol):
 
 
 class EndpointWriter:
-    """A model behind a chat-completions endpoint; pictures travel as lossless ``data:`` URLs.
+    """A model behind a chat-completions endpoint plays the environment.
 
-    ``settings`` are those of :class:`~vt_trl.judges.endpoint.Endpoint` and ``request_args``, more fields of a request.
+    ``speaker``: replies turn by turn. With several samples each has a ``seed`` of its own, from ``seed``.
     """
 
-    def __init__(
-        self,
-        model: str,
-        environment: Callable[[], Environment],
-        temperature: float | None,
-        max_turn_tokens: int,
-        request_args: dict[str, Any] | None = None,
-        **settings: Any,
-    ):
-        if "api_key" in {**settings, **(request_args or {})}:
-            raise ConfigError("the endpoint's settings hold a key; put it into the environment (OPENAI_API_KEY).")
-        try:
-            self.endpoint = Endpoint(user="the writer is openai", **settings)
-        except TypeError as error:
-            raise ConfigError(f"--endpoint-args do not fit: {error}.") from error
+    def __init__(self, speaker: EndpointSpeaker, environment: Callable[[], Environment], seed: int = 0):
         refuse_inline(environment())
-        self.model, self.environment, self.temperature = model, environment, temperature
-        self.max_turn_tokens, self.request_args = max_turn_tokens, dict(request_args or {})
-        self.endpoint.open()
-        self._loop = BackgroundLoop("vt_trl writer")
+        self.speaker, self.environment, self.seed = speaker, environment, seed
+        self.counts: Counter[str] = Counter()
 
     def fingerprint(self) -> dict[str, Any]:
-        return {
-            "writer": "openai",
-            "model": self.model,
-            "temperature": self.temperature,
-            "max_turn_tokens": self.max_turn_tokens,
-            "request_args": self.request_args,
-        }
+        return {"writer": "openai", **self.speaker.fingerprint()}
 
-    def write(self, rows: Sequence[dict[str, Any]], attempt: int) -> list[Rollout | str]:
+    def write(self, rows: Sequence[dict[str, Any]], attempt: int, samples: int = 1) -> list[list[Rollout | str]]:
         async def all_rows() -> list[Rollout | str]:
-            return await asyncio.gather(*map(self._episode, rows))
+            seeds = [None] if samples == 1 else [self.seed * 1000 + attempt] * samples
+            tries = [self._episode(row, sample, seed) for row in rows for sample, seed in enumerate(seeds)]
+            return await asyncio.gather(*tries)
 
-        return self._loop.submit(all_rows()).result()
+        return grouped(self.speaker.wait_for(all_rows()), samples)
 
     def close(self) -> None:
-        self._loop.submit(self.endpoint.close()).result()
-        self._loop.stop()
+        self.speaker.close()
 
-    async def _episode(self, row: dict[str, Any]) -> Rollout | str:
+    async def _episode(self, row: dict[str, Any], sample: int, seed: int | None) -> Rollout | str:
         dialogue = Dialogue(self.environment(), row)
         try:
             while dialogue.end is None:
-                dialogue.say(*await self._reply(dialogue))
+                id, turn = str(row.get("id")), len(dialogue.turns)
+                said = await self.speaker.reply(dialogue.messages, seed, id, sample, turn)
+                count_tokens(self.counts, "writer", said)
+                dialogue.say(said.text, said.cut)
         except (TryAgain, GiveUp) as error:
             return str(error)
         return dialogue.rollout()
-
-    async def _reply(self, dialogue: Dialogue) -> tuple[str, bool]:
-        """The next reply, and whether the token limit cut it."""
-        request = {"model": self.model, "messages": chat_messages(dialogue.messages)}
-        if "max_completion_tokens" not in self.request_args:
-            request["max_tokens"] = self.max_turn_tokens
-        if self.temperature is not None:
-            request["temperature"] = self.temperature
-        if self.request_args:
-            request["extra_body"] = self.request_args
-        letters = sum(len(one.text) for one in dialogue.messages)
-        pixels = sum(image.width * image.height for image in dialogue.images)
-        cost = letters // 3 + pixels // _PIXELS_PER_TOKEN + self.max_turn_tokens
-
-        async def attempt() -> tuple[str, str]:
-            return self.endpoint.choices(await self.endpoint.complete(request))[0]
-
-        text, reason = await self.endpoint.run(attempt, cost)
-        return text.strip(), reason == "length"
 
 
 class LocalWriter:
@@ -151,11 +115,12 @@ class LocalWriter:
 
     def __init__(self, runner: RolloutRunner, settings: SamplingSettings, about: Mapping[str, Any]):
         self.runner, self.settings, self.about = runner, settings, dict(about)
+        self.counts: Counter[str] = Counter()
 
     def fingerprint(self) -> dict[str, Any]:
         return self.about
 
-    def write(self, rows: Sequence[dict[str, Any]], attempt: int) -> list[Rollout | str]:
+    def write(self, rows: Sequence[dict[str, Any]], attempt: int, samples: int = 1) -> list[list[Rollout | str]]:
         self.runner.encoder.features.clear()
         refused: dict[int, str] = {}
         seed = None if self.settings.seed is None else self.settings.seed + attempt
@@ -164,8 +129,21 @@ class LocalWriter:
         def refuse(row: dict[str, Any], error: DataError) -> None:
             refused[row["place"]] = error.reason
 
-        found = iter(self.runner.run(numbered, 1, replace(self.settings, seed=seed), on_refused=refuse))
-        return [refused[place] if place in refused else next(found) for place in range(len(rows))]
+        # The members of a group have streams of their own, so that samples differ.
+        found = iter(self.runner.run(numbered, samples, replace(self.settings, seed=seed), on_refused=refuse))
+        groups: list[list[Rollout | str]] = []
+        for place in range(len(rows)):
+            refusal = refused.get(place)
+            groups.append([refusal or next(found) for _ in range(samples)])
+        for rollout in (one for group in groups for one in group if not isinstance(one, str)):
+            tokens = sum(len(turn.token_ids) for turn in rollout.turns)
+            count_tokens(self.counts, "writer", Said("", False, len(rollout.prompt_ids), tokens))
+        return groups
 
     def close(self) -> None:
         """The process ends soon."""
+
+
+def grouped(tries: Sequence[Rollout | str], samples: int) -> list[list[Rollout | str]]:
+    """Tries of rows side by side, ``samples`` to each row."""
+    return [list(tries[at : at + samples]) for at in range(0, len(tries), samples)]

@@ -11,7 +11,7 @@ from test_traces import _key, rejected, shown, write_rows  # noqa: F401 - _key i
 from benchmarks.judge_server import JudgeServer, content, server_error
 from data_prep import traces
 from data_prep.rationales import LOGICAL, NAMEABLE
-from data_prep.traces import WriterOutage
+from data_prep.tracing import WriterOutage
 from vt_trl.data import load_rows
 from vt_trl.envs import make_environment
 from vt_trl.errors import ConfigError

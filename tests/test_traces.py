@@ -13,8 +13,9 @@ from PIL import Image
 
 from benchmarks.judge_server import JudgeServer, content, server_error, status
 from data_prep import traces
-from data_prep.traces import WriterOutage, fault_of
-from data_prep.writers import HINTS, EndpointWriter, Steered
+from data_prep.speaking import EndpointSpeaker
+from data_prep.tracing import WriterOutage, fault_of
+from data_prep.writers import HINTS, Steered
 from vt_trl.data import episode_row, load_rows
 from vt_trl.dialogue import Dialogue, replay, trl_example
 from vt_trl.envs import ResizeEnv
@@ -39,6 +40,7 @@ def write_rows(folder: Path, *needs_full: bool | None) -> Path:
     for number, full in enumerate(needs_full, start=1):
         (folder / f"{number}.png").write_bytes(png((number, 0, 0), (112, 56)))
         row = {"id": f"r{number}", "image": f"{number}.png", "question": f"What is {number}?", "answer": str(number)}
+        row["data_source"] = "signs"
         lines.append(json.dumps(row if full is None else row | {"needs_full": full}))
     (folder / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
@@ -109,14 +111,17 @@ def test_tries_are_rejected_by_reason_and_tried_again(tmp_path):
     assert len(requests) == 6
     (kept,) = load_rows(out)
     assert (kept["id"], kept["replies"]) == ("r1", [answer("1")])
-    counts = [unit["counts"] for unit in json.loads((out / "manifest.json").read_text())["units"].values()]
-    assert counts == [
+    units = json.loads((out / "manifest.json").read_text())["units"].values()
+    fates = [{name: count for name, count in unit["counts"].items() if "\t" in name} for unit in units]
+    assert fates == [
         {
-            "rejected/wrong": 1,
-            "rejected/malformed/no_move": 1,
-            "rejected/judge_failed": 2,
-            "rejected/malformed/truncated": 1,
-            "rows_without_trace": 2,
+            "sample\tsigns\twrong": 1,
+            "sample\tsigns\tmalformed/no_move": 1,
+            "sample\tsigns\tjudge_failed": 2,
+            "sample\tsigns\tmalformed/truncated": 1,
+            "sample\tsigns\tkept": 1,
+            "row\tsigns\tkept": 1,
+            "row\tsigns\tno_trace": 2,
         }
     ]
     first, *_ = rejected(out)
@@ -246,4 +251,4 @@ def test_settings_that_cannot_work(tmp_path, more, words):
 def test_no_key_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ConfigError, match="the writer is openai.*OPENAI_API_KEY"):
-        EndpointWriter("m", ResizeEnv, 0.7, 16)
+        EndpointSpeaker("m", "the writer is openai", "--endpoint-args", 0.7, 16)

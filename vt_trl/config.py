@@ -45,7 +45,7 @@ class VTGRPOConfig(SpeedSettings, GRPOConfig):
 
     environment: str = field(
         default="resize",
-        metadata={"help": "Environment: `resize`, `direct`, `zoom`, `look`, or `module:Class` of your own."},
+        metadata={"help": "Environment: `resize`, `direct`, `single`, `zoom`, `look`, or `module:Class` of your own."},
     )
     environment_args: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Settings of the environment, e.g. `{max_pixels: 4194304}`."}
@@ -59,7 +59,7 @@ class VTGRPOConfig(SpeedSettings, GRPOConfig):
     )
     reward_preset: str | None = field(
         default=None,
-        metadata={"help": f"Sets rewards and reward_weights as in VLM-R3: {' or '.join(PRESETS)}; see PRESETS."},
+        metadata={"help": f"Sets rewards and reward_weights as published: {', '.join(PRESETS)}; see PRESETS."},
     )
     correctness_reward: str = field(
         default="accuracy",
@@ -252,7 +252,7 @@ class VTGRPOConfig(SpeedSettings, GRPOConfig):
             return
         if self.reward_preset not in PRESETS:
             hint = did_you_mean(self.reward_preset, PRESETS)
-            raise ConfigError(f"reward_preset is {self.reward_preset!r}.{hint} Use {' or '.join(PRESETS)}.")
+            raise ConfigError(f"reward_preset is {self.reward_preset!r}.{hint} Use {', '.join(PRESETS)}.")
         preset = PRESETS[self.reward_preset]
         names, weights = list(preset), list(preset.values())
         if self.rewards not in (["accuracy", "format"], names) or self.reward_weights not in (None, weights):
@@ -262,8 +262,8 @@ class VTGRPOConfig(SpeedSettings, GRPOConfig):
             )
         if self.penalty != "none" and self.penalty_on == "call":
             raise ConfigError(
-                f"reward_preset is {self.reward_preset}, which pays for crops, and penalty is {self.penalty}, which "
-                f"fines every call. Set penalty: none, or penalty_on: visual_tokens."
+                f"reward_preset is {self.reward_preset}, whose paper has no such penalty, and penalty is "
+                f"{self.penalty}, which fines every call. Set penalty: none, or penalty_on: visual_tokens."
             )
         self.rewards, self.reward_weights = names, weights
 

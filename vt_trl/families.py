@@ -107,6 +107,11 @@ FAMILIES = (
 )
 
 
+def is_known(config: Any) -> bool:
+    """Whether a configuration is that of a vision-language model of one of the families."""
+    return any(getattr(config, "model_type", None) in family.model_types for family in FAMILIES)
+
+
 def family_of(config: Any) -> Family:
     """The family of a model configuration. Raises ConfigError for a model type nobody has taught us."""
     model_type = getattr(config, "model_type", None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vt_trl.boxes import Sight
-from vt_trl.envs import DirectEnv, Environment, LookEnv, ResizeEnv, ZoomEnv, make_environment
+from vt_trl.envs import DirectEnv, Environment, LookEnv, ResizeEnv, SingleEnv, ZoomEnv, make_environment
 from vt_trl.envs.controls import AlwaysAskEnv, ShareEnv
 from vt_trl.errors import ConfigError, did_you_mean
 from vt_trl.prompts import DIRECT_PROMPTS, Prompts
@@ -15,7 +15,7 @@ from vt_trl.prompts import DIRECT_PROMPTS, Prompts
 
 @dataclass(frozen=True)
 class Policy:
-    """A named way to play. ``kind``: whose prompts it reads (resize, direct, zoom, look, or own)."""
+    """A named way to play. ``kind``: whose prompts it reads (resize, direct, single, zoom, look, or own)."""
 
     name: str
     kind: str
@@ -24,7 +24,7 @@ class Policy:
 
     @property
     def has_tool(self) -> bool:
-        return self.kind != "direct"
+        return self.kind not in ("direct", "single")
 
     def environment(
         self, args: Mapping[str, Any] | None = None, sight: Sight | None = None
@@ -49,6 +49,7 @@ POLICIES = {
         Policy("two-turn", "resize", ResizeEnv),
         Policy("always-full", "direct", DirectEnv, {"resolution": "full"}),
         Policy("always-low", "direct", DirectEnv, {"resolution": "low"}),
+        Policy("single", "single", SingleEnv),
         Policy("always-ask", "resize", AlwaysAskEnv),
         Policy("zoom", "zoom", ZoomEnv),
         Policy("look", "look", LookEnv),
@@ -102,7 +103,7 @@ def trained_settings(policy: Policy, facts: Mapping[str, Any]) -> dict[str, Any]
     """
     if facts.get("kind") == policy.kind and "settings" in facts:
         return dict(facts["settings"])
-    if policy.kind not in ("resize", "direct") or "rule" not in facts:
+    if policy.kind not in ("resize", "direct", "single") or "rule" not in facts:
         return {}
     settings = dict(facts["rule"])
     if facts.get("kind") == policy.kind:

@@ -27,7 +27,7 @@ from accelerate.utils import gather_object
 from huggingface_hub import ModelCard, get_token, hf_hub_download
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vt_trl.envs import DirectEnv, LookEnv, ResizeEnv, ZoomEnv
+from vt_trl.envs import DirectEnv, LookEnv, ResizeEnv, SingleEnv, ZoomEnv
 from vt_trl.errors import ConfigError
 from vt_trl.judges.redact import without_keys
 from vt_trl.metrics import RolloutRecord
@@ -135,7 +135,7 @@ def versions() -> dict[str, str]:
 def environment_facts(environment: Any, args: Any) -> dict[str, Any]:
     """What it takes to lead a dialogue as in training; ``kind`` is "own" for an environment of the user's."""
     facts = {"name": type(environment).__name__, "max_turn_tokens": args.max_turn_tokens}
-    names = {ResizeEnv: "resize", DirectEnv: "direct", ZoomEnv: "zoom", LookEnv: "look"}
+    names = {ResizeEnv: "resize", DirectEnv: "direct", SingleEnv: "single", ZoomEnv: "zoom", LookEnv: "look"}
     kind = names.get(type(environment), "own")
     if kind in ("zoom", "look"):
         return facts | {"kind": kind, "settings": environment.settings}

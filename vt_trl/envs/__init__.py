@@ -11,7 +11,7 @@ from typing import Any
 from vt_trl.boxes import Sight
 from vt_trl.envs.base import Environment
 from vt_trl.envs.look import LookEnv, ZoomEnv
-from vt_trl.envs.resize import DirectEnv, ResizeEnv
+from vt_trl.envs.resize import DirectEnv, ResizeEnv, SingleEnv
 from vt_trl.errors import ConfigError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 ENVIRONMENTS: dict[str, type[Environment]] = {
     "resize": ResizeEnv,
     "direct": DirectEnv,
+    "single": SingleEnv,
     "zoom": ZoomEnv,
     "look": LookEnv,
 }
@@ -29,6 +30,7 @@ __all__ = [
     "Environment",
     "LookEnv",
     "ResizeEnv",
+    "SingleEnv",
     "ZoomEnv",
     "import_object",
     "make_environment",

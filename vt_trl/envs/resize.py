@@ -107,3 +107,21 @@ class DirectEnv(Environment):
 
     def gold_replies(self, row: Mapping[str, Any]) -> list[list[str]]:
         return [[f"<think>It is legible.</think><answer>{row['answer'][0]}</answer>"]]
+
+
+class SingleEnv(DirectEnv):
+    """One turn, the picture in full within ``max_pixels``, no tool: what OpenVLThinker trains (arXiv 2503.17352).
+
+    :class:`DirectEnv` with that paper's bound of 262,144 pixels; smaller pictures are left as small as they are.
+    """
+
+    def __init__(
+        self,
+        prompts: Mapping[str, str] | None = None,
+        max_pixels: int = 262_144,
+        min_pixels: int = 56 * 56,
+        **settings: int,
+    ):
+        if "resolution" in settings:
+            raise ConfigError("resolution is set, which environment `single` does not have; set environment: direct.")
+        super().__init__("full", prompts, max_pixels=max_pixels, min_pixels=min_pixels, **settings)

@@ -18,7 +18,8 @@ class FixedEngine:
     """vLLM on a checkpoint as it is, outside training: no weights to push and no sleep, in a process of its own.
 
     What :class:`~vt_trl.generation.vllm.VLLMBackend` needs of an engine, and no more. Arguments as for
-    :class:`ColocatedEngine`; ``processor`` gives the size limits of pictures. Raises ConfigError without vLLM.
+    :class:`ColocatedEngine`; ``processor`` gives the size limits of pictures, None is a model of texts alone. Raises
+    ConfigError without vLLM.
     """
 
     def __init__(
@@ -27,12 +28,12 @@ class FixedEngine:
         model: str,
         revision: str | None,
         dtype: str,
-        processor: Any,
-        max_images: int,
-        max_image_tokens: int,
         max_model_length: int,
         max_num_seqs: int,
         gpu_memory_utilization: float,
+        processor: Any = None,
+        max_images: int = 0,
+        max_image_tokens: int = 0,
     ):
         try:
             from vllm import LLM
@@ -41,6 +42,8 @@ class FixedEngine:
                 f"backend is vllm, which does not import ({error}). Install vt-trl[vllm], or set it to transformers."
             ) from error
         self.group = EngineGroup()  # one process, one engine
+        pictures = {} if processor is None else {"mm_processor_kwargs": pixel_limits(processor)}
+        pictures |= {} if processor is None else {"limit_mm_per_prompt": {"image": max_images, "video": 0}}
         with own_process():
             self.llm = LLM(
                 model=model,
@@ -53,9 +56,8 @@ class FixedEngine:
                 gpu_memory_utilization=gpu_memory_utilization,
                 enable_prefix_caching=True,  # the samples of a prompt share its keys and values
                 enforce_eager=not torch.cuda.is_available(),
-                limit_mm_per_prompt={"image": max_images, "video": 0},
-                mm_processor_kwargs=pixel_limits(processor),
                 logprobs_mode="processed_logprobs",
+                **pictures,
             )
 
     def wake(self, stale: bool) -> None:

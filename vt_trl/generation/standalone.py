@@ -54,6 +54,10 @@ class Checkpoint:
         return self.backend == "vllm"
 
     @property
+    def usual_device(self) -> str:
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
     def torch_dtype(self) -> str:
         return ("bfloat16" if torch.cuda.is_available() else "float32") if self.dtype == "auto" else self.dtype
 
@@ -147,8 +151,7 @@ def open_backend(
     if checkpoint.uses_vllm:
         return _vllm_backend(checkpoint, parts, context, max_images, max_image_tokens)
     model = load_part(checkpoint, AutoModelForImageTextToText.from_pretrained, dtype=checkpoint.torch_dtype)
-    device = checkpoint.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return _hf_backend(model.to(device).eval().requires_grad_(False), parts, checkpoint.max_batch)
+    return _hf_backend(model.to(checkpoint.usual_device).eval().requires_grad_(False), parts, checkpoint.max_batch)
 
 
 def _hf_backend(model: Any, parts: Parts, max_batch: int) -> HFBackend:

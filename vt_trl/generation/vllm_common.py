@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,15 +11,10 @@ from PIL import Image
 from trl.generation.vllm_generation import VLLMGeneration
 
 from vt_trl.generation.base import Request, SamplingSettings
+from vt_trl.images import content_id
 from vt_trl.quantized import is_quantized, whole_weights
 
 BAN = -100.0  # what is added to the logit of a banned token: e^-100 of its probability is left
-
-
-def content_id(image: Image.Image) -> str:
-    """Size, mode and a hash of the pixels. vLLM trusts it: of two pictures with one id it only shows the first."""
-    digest = hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest()
-    return f"{image.width}x{image.height}-{image.mode}-{digest}"
 
 
 class ImageIds:

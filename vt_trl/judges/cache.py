@@ -25,9 +25,9 @@ _IN_MEMORY = 200_000  # verdicts; older ones are still on disk
 _ON_DISK = 2**30  # bytes
 
 
-def default_folder() -> Path:
+def default_folder(name: str = "judge") -> Path:
     """``$XDG_CACHE_HOME/vt_trl/judge``: outside every output folder, whose files may be pushed to the Hub."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vt_trl" / "judge"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vt_trl" / name
 
 
 class _NeverPickle(JSONDisk):
@@ -37,6 +37,58 @@ class _NeverPickle(JSONDisk):
         if mode == MODE_PICKLE:
             raise ValueError("a pickled entry in the cache of verdicts")
         return super().fetch(mode, filename, value, read)
+
+
+class JsonCache:
+    """JSON values on disk by key, for several runs and processes. A full or broken disk costs the cache, not the run.
+
+    ``what``: what it holds, for messages. Without a folder it holds nothing.
+    """
+
+    def __init__(self, folder: Path | None, what: str = "verdict"):
+        self.folder, self.what = folder, what
+        self._disk: Cache | None = None
+
+    def open(self) -> None:
+        if self.folder is not None and self._disk is None:
+            try:
+                self._disk = Cache(str(self.folder), disk=_NeverPickle, size_limit=_ON_DISK)
+            except (OSError, sqlite3.Error) as error:
+                self._give_up(error)
+
+    def get(self, key: str) -> Any:
+        """The value, or None. What cannot be read is ignored, and the log says so."""
+        if self._disk is None:
+            return None
+        try:
+            return self._disk.get(key)
+        except (OSError, sqlite3.Error) as error:
+            self._give_up(error)
+        except (ValueError, KeyError, TypeError) as error:
+            self.ignore(error)
+        return None
+
+    def set(self, key: str, value: Any) -> None:
+        if self._disk is None:
+            return
+        try:
+            self._disk.set(key, value)
+        except (OSError, sqlite3.Error) as error:
+            self._give_up(error)
+
+    def ignore(self, error: Exception) -> None:
+        """Say that an entry was not written by us."""
+        logger.warning(f"An entry of the {self.what} cache {self.folder} cannot be read and is ignored: {error}")
+
+    def close(self) -> None:
+        if self._disk is not None:
+            self._disk.close()
+            self._disk = None
+
+    def _give_up(self, error: Exception) -> None:
+        what = f"{self.what}s".capitalize()
+        logger.warning(f"The {self.what} cache {self.folder} is not used any more: {error}. {what} stay in memory.")
+        self._disk = None
 
 
 class CachedJudge(Judge):
@@ -55,18 +107,13 @@ class CachedJudge(Judge):
         self._failed: dict[str, Judgement] = {}
         self._pending: dict[str, asyncio.Future[Judgement]] = {}
         self._counts: Counter[str] = Counter()
-        self._folder = folder if inner.cached else None
-        self._disk: Cache | None = None
+        self._disk = JsonCache(folder if inner.cached else None)
 
     def open(self) -> None:
         self.inner.open()
         settings = json.dumps(self.inner.fingerprint(), sort_keys=True)
         self._prefix = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
-        if self._folder is not None and self._disk is None:
-            try:
-                self._disk = Cache(str(self._folder), disk=_NeverPickle, size_limit=_ON_DISK)
-            except (OSError, sqlite3.Error) as error:
-                self._give_up_disk(error)
+        self._disk.open()
 
     def fingerprint(self) -> dict[str, Any]:
         return self.inner.fingerprint()
@@ -93,9 +140,7 @@ class CachedJudge(Judge):
         self._failed.clear()
 
     async def close(self) -> None:
-        if self._disk is not None:
-            self._disk.close()
-            self._disk = None
+        self._disk.close()
         await self.inner.close()
 
     async def _ask(self, missing: dict[str, Case]) -> None:
@@ -123,31 +168,17 @@ class CachedJudge(Judge):
             self._pending.pop(key).set_result(judgement)
 
     def _read(self, case: Case) -> Judgement | None:
-        if self._disk is None:
+        stored = self._disk.get(self._prefix + case.key)
+        if stored is None:
             return None
         try:
-            stored = self._disk.get(self._prefix + case.key)
-            if stored is None:
-                return None
             judgement = Judgement(Verdict(stored["verdict"]), str(stored["detail"]))
-            self._counts["from_disk"] += 1
-            self._settled[case.key] = judgement
-            return judgement
-        except (OSError, sqlite3.Error) as error:
-            self._give_up_disk(error)
         except (ValueError, KeyError, TypeError) as error:  # not written by us
-            logger.warning(f"An entry of the verdict cache {self._folder} cannot be read and is ignored: {error}")
-        return None
+            self._disk.ignore(error)
+            return None
+        self._counts["from_disk"] += 1
+        self._settled[case.key] = judgement
+        return judgement
 
     def _write(self, case: Case, judgement: Judgement) -> None:
-        if self._disk is None:
-            return
-        try:
-            self._disk.set(self._prefix + case.key, {"verdict": judgement.verdict.value, "detail": judgement.detail})
-        except (OSError, sqlite3.Error) as error:
-            self._give_up_disk(error)
-
-    def _give_up_disk(self, error: Exception) -> None:
-        """A full or broken disk costs the cache, not the run."""
-        logger.warning(f"The verdict cache {self._folder} is not used any more: {error}. Verdicts stay in memory.")
-        self._disk = None
+        self._disk.set(self._prefix + case.key, {"verdict": judgement.verdict.value, "detail": judgement.detail})

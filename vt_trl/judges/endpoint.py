@@ -20,6 +20,7 @@ from vt_trl.judges.redact import redacted
 T = TypeVar("T")
 _TRANSIENT = {408, 409, 425, 429}  # and all from 500
 _SPENT = {"insufficient_quota", "billing_hard_limit_reached"}  # a 429 that no waiting mends
+_THOUGHTS = ("reasoning_content", "reasoning")  # where servers put what a model thinks
 _FILTERED = {"content_filter", "content_policy_violation"}
 
 
@@ -126,8 +127,11 @@ class Endpoint:
             return TryAgain(f"no chat completion: {said}")
         return GiveUp(f"{type(error).__name__}: {said}")
 
-    def choices(self, completion: Any) -> list[tuple[str, str]]:
-        """``(text, finish_reason)`` of each choice. Raises TryAgain or GiveUp when there is none to read."""
+    def choices(self, completion: Any, thinks: bool = False) -> list[tuple[str, str]]:
+        """``(text, finish_reason)`` of each choice. Raises TryAgain or GiveUp when there is none to read.
+
+        ``thinks``: reasoning that the server keeps in a field of its own stands in think tags before the text.
+        """
         choices = getattr(completion, "choices", None)
         if not isinstance(choices, list) or not choices:
             raise TryAgain(f"no chat completion: {self.redacted(str(completion))}")
@@ -139,6 +143,10 @@ class Endpoint:
             if getattr(choice, "finish_reason", None) == "content_filter":
                 raise GiveUp("refused by the content filter")
             text = getattr(message, "content", None)
+            thoughts = [getattr(message, name, None) for name in _THOUGHTS]
+            thought = next((one for one in thoughts if one), None)
+            if thinks and isinstance(thought, str):
+                text = f"<think>{thought}</think>{text or ''}"
             if not isinstance(text, str):
                 raise TryAgain("a reply without text")
             found.append((text, str(choice.finish_reason)))

@@ -16,7 +16,6 @@ from vt_trl.judges.base import Case, Judge, Judgement
 from vt_trl.judges.prompt import PROMPT_VERSION, RUBRIC, YES_NO_REPLY, Limits, case_text
 
 _YES, _NO = ("yes", "Yes"), ("no", "No")
-_SLOT = "CASE-GOES-HERE"
 
 
 class LocalJudge(Judge):
@@ -129,20 +128,12 @@ class LocalJudge(Judge):
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """The chat around a case, as ids."""
-        messages = [
-            {"role": "system", "content": f"{self.rubric}\n{YES_NO_REPLY}"},
-            {"role": "user", "content": _SLOT},
-        ]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        except ValueError as error:
-            raise ConfigError(f"judge_args.model is {self.model!r}, which has no chat template: {error}") from error
-        before, slot, after = text.partition(_SLOT)
-        if not slot or self.rubric not in before:
-            raise ConfigError(f"judge_args.model is {self.model!r}, whose chat template drops what it is told.")
-        return tuple(self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+        from vt_trl.generation.text import chat_frame
+
+        parts = chat_frame(
+            self._tokenizer, "", self.model, system=f"{self.rubric}\n{YES_NO_REPLY}", enable_thinking=False
+        )
+        return tuple(self._tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
 
     def _word_ids(self, words: Sequence[str]) -> list[int]:
         """The tokens that say a word; only those that are one token."""

@@ -13,6 +13,7 @@ from vt_trl.rewards.accuracy import accuracy_reward, answers_match
 from vt_trl.rewards.advantages import group_advantages
 from vt_trl.rewards.format import format_reward
 from vt_trl.rewards.penalty import PENALTIES, group_penalty
+from vt_trl.rewards.reasoned import reasoned_reward
 from vt_trl.rewards.region import (
     iou_reward,
     length_reward_paper,
@@ -32,10 +33,14 @@ REWARDS: dict[str, RewardFunction] = {
     "iou": iou_reward,
     "length_paper": length_reward_paper,
     "length_released": length_reward_released,
+    "reasoned": reasoned_reward,
 }
-PRESETS: dict[str, dict[str, float]] = {  # reward -> weight; VLM-R3 (arXiv 2505.16192) as published and as released
+PRESETS: dict[str, dict[str, float]] = {  # reward -> weight
+    # VLM-R3 (arXiv 2505.16192) as published and as released
     "paper": {"accuracy": 1.0, "format": 1.0, "region": 1.0, "length_paper": 1.0},
     "released": {"accuracy": 1.0, "format": 0.5, "region": 1.0, "length_released": 1.0},
+    # OpenVLThinker (arXiv 2503.17352): right 1, right without reasoning 0.5, wrong 0; the format is only logged.
+    "openvlthinker": {"accuracy": 0.5, "reasoned": 0.5, "format": 0.0},
 }
 
 __all__ = [
@@ -54,6 +59,7 @@ __all__ = [
     "make_reward",
     "make_rewards",
     "only_when_right",
+    "reasoned_reward",
     "region_reward",
 ]
 

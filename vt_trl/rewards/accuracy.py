@@ -80,15 +80,21 @@ def answers_match(given: str, gold: str) -> bool:
 
 def unboxed(text: str) -> str:
     r"""The content of the last ``\boxed{…}`` with balanced braces and without ``\text{…}``, or the text itself."""
+    content = boxed(text)
+    return text if content is None else _TEXT_MACRO.sub(r"\1", content)
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last ``\boxed{…}`` as it is written, braces inside balanced; None where none is closed."""
     start = text.rfind("\\boxed{")
     if start < 0:
-        return text
+        return None
     depth, begin = 0, start + len("\\boxed")
     for index in range(begin, len(text)):
         depth += {"{": 1, "}": -1}.get(text[index], 0)
         if depth == 0:
-            return _TEXT_MACRO.sub(r"\1", text[begin + 1 : index])
-    return text
+            return text[begin + 1 : index]
+    return None
 
 
 def normalise(text: str) -> str:
