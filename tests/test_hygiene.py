@@ -56,7 +56,7 @@ def test_the_answer_of_a_reply_is_found(text, found):
 )
 def test_what_is_found_is_what_the_judge_calls_right(text, gold):
     assert decide("What is it?", [gold], answer_in(text)) is True
-    assert decide("What is it?", ["17"], answer_in(text)) is False
+    assert decide("What is it?", ["17"], answer_in(text)) is not True
 
 
 def test_code_in_a_reply_is_text(monkeypatch):
