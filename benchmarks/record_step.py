@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     import torch
 
     from demos.reading.__main__ import RECIPE
-    from vt_trl.recipe import read_yaml
+    from vt_trl.yaml_file import read_yaml
 
     torch.set_num_threads(1)  # processor seconds are the seconds of a clock on one thread only
     prompts = read_yaml(RECIPE)["environment_args"]["prompts"]

@@ -19,8 +19,8 @@ from vt_trl.card import dialogue, fence, plain, render_card
 from vt_trl.envs import DirectEnv
 from vt_trl.export import export
 from vt_trl.images import ResolutionRule
-from vt_trl.judges.redact import without_keys
 from vt_trl.play import printable
+from vt_trl.redact import without_keys
 from vt_trl.run_notes import FILE, RunNotes, cleaned, example_of, licence_of, place, summary
 
 HOSTILE = "```\n---\nlicense: evil\n---\n<script>alert(1)</script>\n# Heading\n````` | [x](javascript:x)"

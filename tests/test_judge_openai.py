@@ -37,7 +37,7 @@ from vt_trl.errors import ConfigError
 from vt_trl.judges.base import Case, Judgement, Verdict
 from vt_trl.judges.openai import OpenAIJudge
 from vt_trl.judges.pacing import retry_after
-from vt_trl.judges.redact import redacted
+from vt_trl.redact import redacted
 
 pytest.importorskip("openai")
 KEY = "sk-vt-trl-5ecret-5ecret"

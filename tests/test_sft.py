@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,22 +13,27 @@ import yaml
 from conftest import FAMILY_NAMES, picture
 from helpers import CALL, SHORT_PROMPTS, Script, answer, png
 from helpers import row as stored_row
+from safetensors.torch import load_file
 from shipped import RECIPES, kind_of
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from benchmarks.judge_server import JudgeServer, content
 from data_prep import traces
 from data_prep.writers import HINTS
+from vt_trl import cli
 from vt_trl.chat import ChatEncoder
+from vt_trl.checkpoints import last_checkpoint, problem_with
 from vt_trl.data import load_rows
 from vt_trl.dialogue import Demonstration, collate, demonstrate, replay, trl_example
 from vt_trl.envs import ResizeEnv, make_environment
 from vt_trl.errors import ConfigError, DataError
+from vt_trl.export import export
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
 from vt_trl.generation.base import Sample, SamplingSettings, ScriptedBackend
 from vt_trl.generation.standalone import make_runner
 from vt_trl.recipe import parse_recipe
+from vt_trl.resume import TERMINATED
 from vt_trl.rollout import Limits, RolloutRunner
 from vt_trl.sft import TraceCollator, VTSFTConfig, make_sft_trainer, played, require_teachable, sft
 from vt_trl.types import RolloutStatus
@@ -200,6 +207,50 @@ def test_a_few_steps_lower_the_loss_and_the_result_can_be_rolled_out(recipe, tmp
     assert len(found) == 2 and all(rollout.turns for rollout in found)
 
 
+SAVING = ("--save_strategy", "steps", "--save_steps", "2", "--max_steps", "4")
+
+
+def losses(trainer) -> dict[int, tuple]:
+    return {log["step"]: (log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log}
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(recipe, tmp_path):
+    """From the newest complete checkpoint, with its weights: to the bit, and not from the start again."""
+    whole = sft(recipe, SAVING)
+    for step in (2, 4):
+        assert problem_with(tmp_path / "out" / f"checkpoint-{step}") is None
+    assert problem_with(tmp_path / "out") is None  # the model is listed as whole
+    (tmp_path / "out" / "checkpoint-4" / "model.safetensors").unlink()  # as if killed while it was written
+    again = sft(recipe, [*SAVING, "--resume_from_checkpoint", "true"])
+    assert losses(again) == losses(whole) and len(losses(whole)) == 4
+    expected = whole.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in again.model.state_dict().items())
+    done = sft(recipe, [*SAVING, "--resume_from_checkpoint", "true"])  # killed after the last step
+    assert done.state.global_step == 4 and losses(done) == losses(whole)
+
+
+class Terminated(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_a_checkpoint_and_ends_with_143(recipe, tmp_path, monkeypatch):
+    trainer = sft(recipe, callbacks=[Terminated()])
+    assert trainer.state.global_step == 2 and last_checkpoint(tmp_path / "out").name == "checkpoint-2"
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    monkeypatch.setattr("vt_trl.sft.sft", lambda *_: trainer)
+    assert cli.main(["sft", str(recipe)]) == TERMINATED
+
+
+def test_a_fine_tuned_model_is_exported(recipe, tmp_path):
+    sft(recipe, ["--lora", "language", "--lora_r", "4", *SAVING])
+    out = export(tmp_path / "out", merge=True, out=tmp_path / "merged")
+    weights = load_file(out / "model.safetensors")
+    assert not any("lora" in name for name in weights) and (out / "README.md").is_file()
+    AutoModelForImageTextToText.from_pretrained(out)
+
+
 def test_adapters_and_frozen_towers(recipe):
     trainer = sft(recipe, ["--lora", "language", "--lora_r", "4", "--max_steps", "2"])
     trained = [name for name, weight in trainer.model.named_parameters() if weight.requires_grad]
@@ -223,7 +274,7 @@ def test_long_traces_are_named_before_the_run_or_left_out(recipe, tmp_path, chec
     assert lengths["t0"] == lengths["t2"] > lengths["t1"] == lengths["t3"]
     limit = ["--max_length", str(lengths["t1"])]
     with pytest.raises(DataError) as error, monkeypatch.context() as patch:
-        patch.setattr("vt_trl.sft.SFTTrainer", None)  # nothing is loaded before
+        patch.setattr("vt_trl.sft.VTSFTTrainer", None)  # nothing is loaded before
         sft(recipe, limit)
     words = f"2 of 4 rows are longer than max_length ({lengths['t1']} tokens; the longest has {lengths['t0']})"
     assert words in str(error.value) and f"row 0 (id 't0'): too long: {lengths['t0']} tokens" in str(error.value)

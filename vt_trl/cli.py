@@ -10,7 +10,17 @@ from types import ModuleType
 
 from vt_trl import __version__
 from vt_trl.commands import COMMANDS
-from vt_trl.errors import CheckpointError, ConfigError, DataError, EngineOutage, JudgeOutage, SamplingShortfall
+from vt_trl.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EngineOutage,
+    JudgeOutage,
+    SamplingShortfall,
+    StageFailed,
+)
+
+_RESUMABLE = (CheckpointError, EngineOutage, JudgeOutage, SamplingShortfall, StageFailed)  # the run's, not the user's
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,6 +66,6 @@ def explained(run: Callable[[], int | None]) -> int:
     except (ConfigError, DataError) as error:  # the user's to mend before anything can start
         print(f"vt-trl: {error}", file=sys.stderr)
         return 2
-    except (CheckpointError, EngineOutage, JudgeOutage, SamplingShortfall) as error:  # the run's, which can be resumed
+    except _RESUMABLE as error:
         print(f"vt-trl: {error}", file=sys.stderr)
         return 1

@@ -57,3 +57,7 @@ class SamplingShortfall(RuntimeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written. The message names the last complete one and what to do."""
+
+
+class StageFailed(RuntimeError):
+    """A stage of a loop ended with an error. The message says which, why, and how to go on."""

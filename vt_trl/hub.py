@@ -21,7 +21,7 @@ from vt_trl import __version__
 from vt_trl.card import render_card
 from vt_trl.checkpoints import MANIFEST, write_manifest
 from vt_trl.errors import CheckpointError
-from vt_trl.judges.redact import redacted
+from vt_trl.redact import redacted
 from vt_trl.run_notes import FILE as NOTES
 from vt_trl.run_notes import NoteKeeper, secrets_of
 
@@ -86,13 +86,14 @@ def generation_settings(banned: list[int], stop: list[int], pad: int, repetition
     )
 
 
+def list_model(folder: Path) -> None:
+    """Note that a folder's model is whole; card and notes are left out, which a run that goes on writes again."""
+    write_manifest(folder, [path for path in published_files(folder) if path.name not in ("README.md", NOTES)])
+
+
 class HubTrainer:
-    """Mixin for a GRPO trainer: notes of the run, a card next to all weights, and pushing.
+    """Mixin for a GRPO trainer: notes of the run, a card next to all weights, and pushing."""
 
-    ``_saving`` says that a checkpoint is being written in the staging folder.
-    """
-
-    _saving = False
     _tags: tuple[str, ...] = ()
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -114,10 +115,8 @@ class HubTrainer:
             )
             settings.save_pretrained(folder)
             self._write_card(folder)
-            if not self._saving:  # card and notes are written again by a run that goes on
-                write_manifest(
-                    folder, [path for path in published_files(folder) if path.name not in ("README.md", NOTES)]
-                )
+            if not self._saving:
+                list_model(folder)
         if self.args.push_to_hub and not _internal_call:
             self._push_saved(folder, "Model save")
 
@@ -184,9 +183,9 @@ class HubTrainer:
             ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a complete checkpoint in the background; transformers calls this while it is still being written."""
+        """Push a complete checkpoint in the background."""
         args = self.args
-        if self._saving or not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
         if self.push_in_progress is not None and not self.push_in_progress.is_done() and not args.hub_always_push:
             return

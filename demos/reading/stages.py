@@ -24,7 +24,7 @@ from vt_trl.evaluation import Evaluation, play_rows
 from vt_trl.generation.base import SamplingSettings
 from vt_trl.inference import PolicyModel
 from vt_trl.policies import parse_policy
-from vt_trl.recipe import read_yaml
+from vt_trl.yaml_file import read_yaml
 
 EVAL_HARD_SHARE = 0.25
 TRAIN_HARD_SHARE = 0.5

@@ -21,6 +21,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "train": Command("train a recipe; `--key value` overrides a line of it", "vt_trl.commands.train"),
     "sft": Command("fine-tune on traces, before a policy is trained", "vt_trl.commands.sft"),
+    "loop": Command("stages in a row, round after round: traces, sft, training, evaluation", "vt_trl.commands.loop"),
     "play": Command("answer as the policy, and see status and reward", "vt_trl.commands.play"),
     "preflight": Command(
         "will it fit? memory, tokens and seconds of a recipe, without a GPU", "vt_trl.commands.preflight"

@@ -12,7 +12,9 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Exit status 0, or 143 when SIGTERM ended the run in order."""
+    from vt_trl.resume import TERMINATED
     from vt_trl.sft import sft
 
-    sft(options.recipe, overrides)
+    return TERMINATED if sft(options.recipe, overrides).end_in_order.asked else 0

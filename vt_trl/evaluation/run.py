@@ -23,7 +23,7 @@ from vt_trl.inference import PolicyModel
 from vt_trl.judges import JudgeReward, make_judge, make_judge_reward
 from vt_trl.policies import Policy, parse_policy
 from vt_trl.rollout import RolloutRunner
-from vt_trl.run_notes import versions
+from vt_trl.versions import versions
 
 RESULTS = "results.json"
 Progress = Callable[[str, int, int], Any]

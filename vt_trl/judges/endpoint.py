@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from vt_trl.errors import ConfigError
 from vt_trl.judges.pacing import GiveUp, Pace, TryAgain, retry_after
-from vt_trl.judges.redact import redacted
+from vt_trl.redact import redacted
 
 T = TypeVar("T")
 _TRANSIENT = {408, 409, 425, 429}  # and all from 500

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from vt_trl.config import VTGRPOConfig
-from vt_trl.recipe import RunArguments, parse_recipe, read_yaml
+from vt_trl.recipe import RunArguments, parse_recipe
+from vt_trl.yaml_file import read_yaml
 
 
 def parse_planned(recipe: str | Path, overrides: Sequence[str], processes: int) -> tuple[RunArguments, VTGRPOConfig]:
@@ -17,7 +18,7 @@ def parse_planned(recipe: str | Path, overrides: Sequence[str], processes: int) 
     given = given_settings(recipe, overrides)
     # transformers refuses bf16 where it sees neither a GPU nor use_cpu; a recipe with a use_cpu of its own keeps it.
     elsewhere = not torch.cuda.is_available() and "use_cpu" not in given
-    with _world(processes):
+    with world_of(processes):
         run, args = parse_recipe(recipe, [*overrides, "--use_cpu", "true"] if elsewhere else overrides)
     if elsewhere:
         args.use_cpu = False
@@ -33,7 +34,7 @@ def given_settings(recipe: str | Path, overrides: Sequence[str]) -> set[str]:
 
 
 @contextmanager
-def _world(processes: int) -> Iterator[None]:
+def world_of(processes: int) -> Iterator[None]:
     """Let settings believe that ``processes`` processes run: sizes of generations and whole groups depend on it."""
     VTGRPOConfig.world_size = property(lambda args: processes)  # shadows the one of TrainingArguments
     try:

@@ -14,7 +14,7 @@ from vt_trl.features import ImageFeatures
 from vt_trl.generation.base import SamplingSettings
 from vt_trl.inference import PolicyModel
 from vt_trl.judges.pacing import retry_after
-from vt_trl.judges.redact import redacted
+from vt_trl.redact import redacted
 from vt_trl.serving.engine import Play, Started
 from vt_trl.serving.errors import ApiError, bad_request
 from vt_trl.serving.replies import Answer

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 
 _LOOKS_LIKE_A_KEY = re.compile(
     r"\b(?:sk|hf|pk|rk|gsk|xai)[-_][\w-]{6,}|(?<=[Bb]earer )[\w.~+/=-]{6,}|(?<=api-key: )\S+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
+_SECRET_NAME = re.compile(r"(?:^|_)(?:token|secret|password|passwd|credentials?|key)$", re.IGNORECASE)
+_NO_SECRETS = {"eos_token", "pad_token"}
 _LONGEST = 300
+
+
+def names_secret(name: str) -> bool:
+    """Whether a setting or a variable of this name holds a key, a token or a password."""
+    return bool(_SECRET_NAME.search(name)) and name not in _NO_SECRETS
+
+
+def environment_secrets() -> list[str]:
+    """What the environment of this process calls a key, longest first."""
+    found = {value for name, value in os.environ.items() if names_secret(name)}
+    return sorted((text for text in found if len(text) >= 6), key=len, reverse=True)
 
 
 def without_keys(text: str, secrets: Iterable[str] = ()) -> str:
