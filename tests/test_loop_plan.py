@@ -10,9 +10,12 @@ import yaml
 from loops import RUN, stage, write
 from shipped import ROOT
 
+from vt_trl.config import VTGRPOConfig
 from vt_trl.errors import ConfigError
 from vt_trl.loop import plan_loop
 from vt_trl.loop.references import fill, parse, resolve_values
+from vt_trl.recipe import parse_recipe
+from vt_trl.sft import VTSFTConfig
 
 SFT = {"model": "m", "dataset": "d", "bf16": False}
 
@@ -177,6 +180,9 @@ def test_overrides_with_mistakes(tmp_path, words, says):
 def test_a_recipe_of_one_run_is_none_of_a_loop_and_the_other_way_round(tmp_path):
     with pytest.raises(ConfigError, match="no list of `stages`"):
         plan_loop(ROOT / "recipes" / "smoke.yaml")
+    for kind in (VTGRPOConfig, VTSFTConfig):
+        with pytest.raises(ConfigError, match="is the recipe of a loop: run `vt-trl loop "):
+            parse_recipe(ROOT / "recipes" / "openvlthinker_smoke.yaml", (), kind)
 
 
 def test_references_are_looked_up_and_never_evaluated():

@@ -11,12 +11,13 @@ import subprocess
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from shipped import ON_A_CPU, RECIPES, ROOT, kind_of
+from shipped import LOOPS, ON_A_CPU, RECIPES, ROOT, kind_of
 
 from data_prep import STEPS
 from vt_trl import cli, tiny
-from vt_trl.commands import COMMANDS
+from vt_trl.commands import COMMANDS, loop
 from vt_trl.errors import ConfigError
+from vt_trl.loop import plan_loop
 from vt_trl.recipe import parse_recipe
 
 
@@ -30,6 +31,7 @@ _STARTS = (
     *("vt-trl ", "python -m vt_trl", "python -m demos.", "python demos/", "python -m benchmarks."),
     *("accelerate launch ", "make "),
 )
+GIVEN = ("--pool", "org/pool", "--held_out", "org/held-out")  # what openvlthinker.yaml leaves to its user
 _PLACES = {"RECIPE": "recipes/demo.yaml", "RECIPE.yaml": "recipes/demo.yaml", "STEP": "select"}
 
 
@@ -52,6 +54,7 @@ def shown() -> list[tuple[str, str]]:
         "recipes/README.md",
         "benchmarks/README.md",
         "docs/judges.md",
+        "docs/loop.md",
         "docs/performance.md",
         "docs/data.md",
         "docs/hub.md",
@@ -60,7 +63,7 @@ def shown() -> list[tuple[str, str]]:
         "docs/serve.md",
         "demos/space/README.md",
     )
-    texts = [(path, path.read_text()) for path in (*(ROOT / name for name in pages), *RECIPES)]
+    texts = [(path, path.read_text()) for path in (*(ROOT / name for name in pages), *RECIPES, *LOOPS)]
     return sorted({(path.name, line) for path, text in texts for line in commands_of(text, path.suffix == ".yaml")})
 
 
@@ -94,8 +97,10 @@ def check_arguments(words: list[str]) -> None:
         return cli._parser().print_help() if words in (["--help"], ["--version"]) else pytest.fail(str(words))
     if (len(words) == 1 and words[0] in COMMANDS) or words in [["prepare", step] for step in STEPS]:
         return  # a command named in a sentence
-    _, options, overrides = cli.parse(words)
-    if hasattr(options, "recipe"):
+    module, options, overrides = cli.parse(words)
+    if module is loop:
+        plan_loop(ROOT / options.recipe, (*GIVEN, *overrides) if "smoke" not in options.recipe else overrides)
+    elif hasattr(options, "recipe"):
         path = ROOT / options.recipe
         parse_recipe(path, (*overrides, *ON_A_CPU), kind_of(path))
 

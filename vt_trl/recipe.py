@@ -140,6 +140,8 @@ def check_keys(settings: Mapping[str, Any], where: str, kind: type = VTGRPOConfi
     unknown = [key for key in settings if key not in known]
     if not unknown:
         return
+    if isinstance(settings.get("stages"), list):
+        raise ConfigError(f"{where} has stages, so it is the recipe of a loop: run `vt-trl loop {where}`.")
     command, others = _other_command(kind)
     theirs = [key for key in unknown if key in others]
     problems = []
