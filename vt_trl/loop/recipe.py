@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -163,7 +164,7 @@ def apply_overrides(given: dict[str, Any], overrides: Sequence[str], where: str)
     ``--folder X``, ``--rounds N``, ``--seed N``; ``--NAME VALUE`` of ``values`` (or ``--values.NAME``);
     ``--STAGE.OPTION VALUE``; ``--defaults.KIND.OPTION VALUE``; ``--launch.OPTION VALUE``.
     """
-    given = yaml.safe_load(yaml.safe_dump(given))  # a copy of all levels
+    given = copy.deepcopy(given)
     stages = {one.get("name"): one for one in _flat(given["stages"]) if isinstance(one, Mapping)}
     for name, value in _pairs(overrides):
         head, _, rest = name.partition(".")
