@@ -26,6 +26,7 @@ hypothesis.settings.load_profile("vt_trl")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 FAMILY_NAMES = ("qwen2_5_vl", "qwen3_vl")
+TOKENIZERS = {"qwen2_5_vl": "qwen2.5-vl-7b-instruct", "qwen3_vl": "qwen3-vl-8b"}  # folders of ../shared/qwen
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +74,23 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def checkpoint(checkpoints: dict[str, Path]) -> Path:
     return checkpoints["qwen2_5_vl"]
+
+
+@pytest.fixture(scope="session")
+def real_checkpoints(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Family name -> a tiny model with the family's real tokenizer, template and image limits."""
+    from vt_trl.tiny import build_tiny
+
+    root = tmp_path_factory.mktemp("real")
+    return {
+        name: build_tiny(root / name, family=name, hidden_size=64, tokenizer_dir=shared / "qwen" / folder)
+        for name, folder in TOKENIZERS.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def receipts(shared: Path) -> Path:
+    return shared / "realdata" / "sroie_receipts"
 
 
 @pytest.fixture(scope="session")

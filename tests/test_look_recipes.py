@@ -16,7 +16,6 @@ from shipped import ON_A_CPU, ROOT
 
 from vt_trl import cli
 from vt_trl.recipe import parse_recipe
-from vt_trl.tiny import build_tiny
 
 TINY = [
     *(*ON_A_CPU, "--dtype", "float32", "--gradient_checkpointing", "false", "--max_steps", "1"),
@@ -104,9 +103,9 @@ def test_completions_with_crops_are_trained(checkpoint, rows, tmp_path, name, sh
         assert log["rewards/region/mean"] == 0.25  # 0.5 for the right half of the group
 
 
-def test_a_receipt_is_looked_at_with_the_real_tokenizer(shared, tmp_path):
+def test_a_receipt_is_looked_at_with_the_real_tokenizer(real_checkpoints, receipts, tmp_path):
     """Real tokenizer, template and limits: 940 x 2077 pixels shown at 200,000, and its left half in 256 tokens."""
-    real = build_tiny(tmp_path / "real", hidden_size=64, tokenizer_dir=shared / "qwen" / "qwen2.5-vl-7b-instruct")
+    real = real_checkpoints["qwen2_5_vl"]
     settings = yaml.safe_load(recipe("vlm_r3_lora").read_text())["environment_args"]
     settings |= {"max_pixels": 200_000, "crop_tokens": [4, 256]}
     options = [
@@ -118,7 +117,6 @@ def test_a_receipt_is_looked_at_with_the_real_tokenizer(shared, tmp_path):
         "--max_rows",
         "1",
     ]
-    receipts = shared / "realdata" / "sroie_receipts"
     log = run(
         "train", "vlm_r3_lora", real, receipts, tmp_path / "out", *options, "--environment_args", json.dumps(settings)
     )

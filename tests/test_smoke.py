@@ -26,11 +26,9 @@ from vt_trl.features import ImageFeatures
 from vt_trl.images import ResolutionRule, load_image
 from vt_trl.packing import placeholder_runs
 from vt_trl.passes import completion_logprobs
-from vt_trl.tiny import build_tiny
 from vt_trl.trainer import VTGRPOTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
-TOKENIZERS = {"qwen2_5_vl": "qwen2.5-vl-7b-instruct", "qwen3_vl": "qwen3-vl-8b"}
 # A random model never asks: this makes its first turn a call, and its rewards differ, so that something is trained.
 FORCED = [
     *("--environment", "helpers:AsksFirst", "--rewards", "accuracy", "format", "two_processes:alternating"),
@@ -39,21 +37,6 @@ FORCED = [
 
 # With pictures of 940 x 2077 in every completion these runs take many minutes on two cores.
 SMALLER = ["--environment_args", '{"max_pixels": 200000, "min_pixels": 3136}']
-
-
-@pytest.fixture(scope="session")
-def real_checkpoints(shared, tmp_path_factory) -> dict[str, Path]:
-    """Family name -> a tiny model with the family's real tokenizer, template and image limits."""
-    root = tmp_path_factory.mktemp("real")
-    return {
-        name: build_tiny(root / name, family=name, hidden_size=64, tokenizer_dir=shared / "qwen" / folder)
-        for name, folder in TOKENIZERS.items()
-    }
-
-
-@pytest.fixture(scope="session")
-def receipts(shared) -> Path:
-    return shared / "realdata" / "sroie_receipts"
 
 
 def smoke(checkpoint: Path, rows: Path, out: Path, *options: str, launch: tuple[str, ...] = ()) -> list[dict]:
