@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from vt_trl.forward.attention import install
+from vt_trl.forward.batches import on_cpu
 from vt_trl.forward.passes import Policy, packed_pass
 from vt_trl.preflight.activations import MicroBatch, Packing
 from vt_trl.preflight.counts import Widths, widths
@@ -56,7 +57,7 @@ def packed_forward(
     mask = batch["completion_mask"]
 
     def forward() -> Any:
-        scores = packed_pass(policy, batch, mask, range(groups.samples), None)
+        scores = packed_pass(policy, batch, on_cpu(batch, mask), range(groups.samples), None)
         return SimpleNamespace(log_probs=scores.logprobs, entropy=scores.entropies)
 
     return forward, batch["pixel_values"]

@@ -29,7 +29,7 @@ def world(request, checkpoints) -> World:
 
 
 def packed(world: World, rows: Any = ROWS, cache: FeatureCache | None = None) -> Scores:
-    return packed_pass(world.policy, world.batch, world.mask, rows, cache)
+    return packed_pass(world.policy, world.batch, on_cpu(world.batch, world.mask), rows, cache)
 
 
 def padded(world: World, rows: Any = ROWS, **settings: Any) -> Scores:
@@ -136,7 +136,7 @@ def test_what_follows_the_last_loss_token_is_not_computed(world):
 @torch.no_grad()
 def test_a_row_without_loss_still_makes_a_forward(world):
     nothing = torch.zeros_like(world.mask)
-    scores = packed_pass(world.policy, world.batch, nothing, [0], None)
+    scores = packed_pass(world.policy, world.batch, on_cpu(world.batch, nothing), [0], None)
     assert not scores.logprobs.any() and scores.logprobs.shape == world.mask.shape
 
 
@@ -257,7 +257,7 @@ def test_the_tower_runs_once_per_unique_picture(world, monkeypatch):
     packed(world)
     padded(world)
     padded(world, share_vision=False)
-    packed_pass(world.policy, world.batch, world.mask, ROWS, None, share_vision=False)
+    packed_pass(world.policy, world.batch, on_cpu(world.batch, world.mask), ROWS, None, share_vision=False)
     everywhere = 3 * 4 * 6 + 2 * 8 * 12 + 3 * 6 * 4 + 3 * 4 * 4
     # Packed, a prompt and its picture are there once anyway; what row 4 ends with is not there at all.
     by_place = 4 * 6 + 2 * 8 * 12 + 6 * 4 + 2 * 4 * 4

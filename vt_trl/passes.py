@@ -9,7 +9,7 @@ from torch import nn
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from vt_trl.forward.batches import take
+from vt_trl.forward.batches import loss_mask, take
 from vt_trl.importance import sampling_ratio
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_logprobs(trainer: VTGRPOTrainer, batch: dict[str, Any], chunk: int) -> d
     if not engine:
         # TRL would take these for the engine's; transformers draws from the trainer's own weights, so there is no gap.
         return numbers
-    mask = batch["completion_mask"] * batch["tool_mask"]
+    mask = loss_mask(batch)
     old, sampled = batch["old_per_token_logps"], batch["sampling_per_token_logps"]
     batch["importance_sampling_ratio"] = sampling_ratio(
         old,

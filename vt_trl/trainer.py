@@ -34,6 +34,7 @@ from vt_trl.envs import Environment, make_environment
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
 from vt_trl.forward import PolicyForward
+from vt_trl.forward.batches import loss_mask
 from vt_trl.generation.backends import hf_backend, vllm_backend
 from vt_trl.generation.base import Backend, SamplingSettings
 from vt_trl.groups import Group, Refiller, effective_share, score_groups, set_advantages, without_loss
@@ -270,7 +271,7 @@ class VTGRPOTrainer(UpdatingTrainer, ResumableTrainer, GRPOTrainer):
         device = batch["tool_mask"].device
         batch["advantages"] = torch.cat([group.advantage for group in groups]).to(device)
         batch["loss_scale"] = torch.full((len(rollouts),), 1 / share if share else 1.0)  # read on the CPU
-        loss_tokens = (batch["completion_mask"] * batch["tool_mask"]).sum()
+        loss_tokens = loss_mask(batch).sum()
         batch["num_items_in_batch"] = self.accelerator.gather(loss_tokens).sum()
         self.recorder.add_numbers(self._mode(), {"groups/effective_share": share})
 

@@ -15,9 +15,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from vt_trl.forward.attention import install
-from vt_trl.forward.batches import loss_mask, token_counts
+from vt_trl.forward.batches import by_prompt, loss_mask, on_cpu, token_counts
 from vt_trl.forward.check import check_rows, largest_difference, tolerance
-from vt_trl.forward.layout import by_prompt
 from vt_trl.forward.passes import Policy, Scores, packed_pass, padded_pass
 from vt_trl.forward.support import why_not_packed
 from vt_trl.forward.vision import FeatureCache
@@ -70,11 +69,12 @@ class PolicyForward:
         once = self.args.share_vision
         if not self.packed or aux_loss:
             return padded_pass(policy, batch, mask, rows, self.cache, share_vision=once, aux_loss=aux_loss)
-        parts = []
+        parts, integers = [], on_cpu(batch, mask)
+        nothing = integers | {"loss_mask": torch.zeros_like(integers["loss_mask"])}
         for part in self._parts(batch, rows):
             # An empty part only keeps other processes company.
-            labelled, part = (mask, part) if part else (torch.zeros_like(mask), rows[:1])
-            parts.append(packed_pass(policy, batch, labelled, part, self.cache, share_vision=once))
+            known, part = (integers, part) if part else (nothing, rows[:1])
+            parts.append(packed_pass(policy, batch, known, part, self.cache, share_vision=once))
         # The reference's head gives no entropies.
         entropies = [part.entropies for part in parts if part.entropies is not None]
         return Scores(sum(part.logprobs for part in parts), sum(entropies) if entropies else None)
@@ -88,7 +88,7 @@ class PolicyForward:
         if limit is None:
             return [list(rows)]
         lengths, prompts = token_counts(batch), batch["prompt_mask"].sum(1).tolist()
-        parts = split(by_prompt(batch, rows), lengths, prompts, limit)
+        parts = split(by_prompt(batch["prompt_index"], rows), lengths, prompts, limit)
         accelerator = self.trainer.accelerator
         if accelerator.num_processes > 1:  # DDP exchanges buffers in every forward, and sharding weights
             wanted = torch.tensor([len(parts)], device=accelerator.device)
@@ -106,7 +106,7 @@ class PolicyForward:
         self._checked = True
         policy, mask = self._policy(model), self._labelled(batch)
         rows = check_rows(batch)
-        packed = packed_pass(policy, batch, mask, rows, None)
+        packed = packed_pass(policy, batch, on_cpu(batch, mask), rows, None)
         alone = [padded_pass(policy, batch, mask, [row], None) for row in rows]
         difference = largest_difference(packed, alone, mask, rows)
         difference = self.trainer.accelerator.gather(difference.reshape(1)).max().item()

@@ -6,7 +6,7 @@ A batch is the dictionary of :func:`vt_trl.packing.pack`. Pictures are in it onc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,14 @@ def on_cpu(batch: dict[str, Any], mask: torch.Tensor) -> dict[str, Any]:
     return {name: found[name].cpu() for name in INTEGERS} | {name: batch[name] for name in kept if name in batch}
 
 
+def by_prompt(prompt_index: Sequence[int], rows: Iterable[int]) -> list[list[int]]:
+    """``rows`` divided by their prompt, in order of first appearance; ``prompt_index``: of every row of the batch."""
+    groups: dict[int, list[int]] = {}
+    for row in rows:
+        groups.setdefault(prompt_index[row], []).append(row)
+    return list(groups.values())
+
+
 def token_counts(batch: dict[str, Any]) -> list[int]:
     """Tokens of each sample, prompt and completion."""
     return (batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1)).tolist()
@@ -75,10 +83,7 @@ def micro_batches(batch: dict[str, Any], steps: int, per_update: int, balance: b
 
 def divide(prompts: Sequence[int], lengths: Sequence[int], steps: int, per_update: int) -> list[list[int]]:
     """Rows of each micro-batch (:func:`micro_batches`): ``prompts`` and ``lengths`` (N,) are those of the rows."""
-    members: dict[int, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        members.setdefault(prompt, []).append(row)
-    groups = list(members.values())
+    groups = by_prompt(prompts, range(len(prompts)))
     groups = [groups[number] for number in torch.randperm(len(groups)).tolist()]
     order = [row for group in groups for row in group]
     size, per_update = len(order) // steps, min(per_update, steps)
@@ -92,17 +97,15 @@ def divide(prompts: Sequence[int], lengths: Sequence[int], steps: int, per_updat
 
 def _balanced(rows: Sequence[int], prompts: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
     """Parts of ``size`` rows: whole groups dealt out by length, or each group cut into parts of about equal length."""
-    groups: dict[int, list[int]] = {}
-    for row in rows:
-        groups.setdefault(prompts[row], []).append(row)
-    sizes = {len(group) for group in groups.values()}
+    groups = by_prompt(prompts, rows)
+    sizes = {len(group) for group in groups}
     if len(sizes) == 1 and size % (group_size := sizes.pop()) == 0:
-        units = sorted(groups.values(), key=lambda group: -sum(lengths[row] for row in group))
+        units = sorted(groups, key=lambda group: -sum(lengths[row] for row in group))
         weights = [sum(lengths[row] for row in unit) for unit in units]
         return _deal(units, weights, len(rows) // size, size // group_size)
-    if all(len(group) % size == 0 for group in groups.values()):
+    if all(len(group) % size == 0 for group in groups):
         parts = []
-        for group in groups.values():
+        for group in groups:
             group = sorted(group, key=lambda row: -lengths[row])
             parts += _deal([[row] for row in group], [lengths[row] for row in group], len(group) // size, size)
         return parts

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vt_trl.forward.layout import by_prompt
+from vt_trl.forward.batches import by_prompt
 from vt_trl.forward.passes import Scores
 
 # Mean absolute difference of log-probabilities. Completions that see each other differ by 0.1 and more; single
@@ -24,7 +24,8 @@ def check_rows(batch: dict[str, Any]) -> list[int]:
     """Two rows of one prompt: the one with the most pictures, and the shortest other one."""
     images = batch.get("image_index", [()] * len(batch["prompt_index"]))
     lengths = batch["completion_mask"].sum(1).tolist()
-    group = max(by_prompt(batch, range(len(lengths))), key=lambda rows: max(len(images[row]) for row in rows))
+    groups = by_prompt(batch["prompt_index"], range(len(lengths)))
+    group = max(groups, key=lambda rows: max(len(images[row]) for row in rows))
     first = max(group, key=lambda row: len(images[row]))
     others = [row for row in group if row != first]
     return [first, *sorted(others, key=lengths.__getitem__)[:1]]

@@ -8,10 +8,12 @@ prompt token is repeated in each branch so that every branch predicts its own fi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from vt_trl.forward.batches import by_prompt
 
 IGNORED = -100  # a label without loss, as everywhere in transformers
 
@@ -77,7 +79,7 @@ class Row:
     labels: torch.Tensor
     places: torch.Tensor
     images: list[int]
-    positions: torch.Tensor = field(default_factory=lambda: torch.empty(3, 0, dtype=torch.long))
+    positions: torch.Tensor
 
 
 def lay_out(batch: dict[str, Any], rows: Sequence[int], image_token_id: int, merge: int, rope_index: Any) -> Row:
@@ -87,17 +89,9 @@ def lay_out(batch: dict[str, Any], rows: Sequence[int], image_token_id: int, mer
     ``get_rope_index``; ``merge``: patches per side of a visual token.
     """
     layout = _Writer(batch, image_token_id, merge, rope_index)
-    for members in by_prompt(batch, rows):
+    for members in by_prompt(batch["prompt_index"], rows):
         layout.group(members)
     return layout.finish()
-
-
-def by_prompt(batch: dict[str, Any], rows: Sequence[int]) -> list[list[int]]:
-    """``rows`` divided by their prompt, in order of first appearance."""
-    groups: dict[int, list[int]] = {}
-    for row in rows:
-        groups.setdefault(batch["prompt_index"][row], []).append(row)
-    return list(groups.values())
 
 
 class _Writer:

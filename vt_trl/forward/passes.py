@@ -6,7 +6,7 @@ label, and return (B, C) tensors that are 0 wherever there is none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vt_trl.forward.batches import on_cpu, take
+from vt_trl.forward.batches import take
 from vt_trl.forward.layout import IGNORED, lay_out
 from vt_trl.forward.vision import FeatureCache, pictures_once
 from vt_trl.fused_head import labelled_positions_only
@@ -53,16 +53,19 @@ class Policy:
 def packed_pass(
     policy: Policy,
     batch: dict[str, Any],
-    mask: torch.Tensor,
+    integers: dict[str, Any],
     rows: Sequence[int],
     cache: FeatureCache | None,
     *,
     share_vision: bool = True,
 ) -> Scores:
-    """``rows`` in one padding-free row with shared prompts. ``mask`` (B, C): which tokens get a label."""
+    """``rows`` in one padding-free row with shared prompts.
+
+    ``integers``: :func:`vt_trl.forward.batches.on_cpu` of the batch, with the mask of the tokens that get a label.
+    """
     device = batch["completion_ids"].device
     merge = policy.base.config.vision_config.spatial_merge_size
-    row = lay_out(on_cpu(batch, mask), rows, policy.image_token_id, merge, policy.base.get_rope_index)
+    row = lay_out(integers, rows, policy.image_token_id, merge, policy.base.get_rope_index)
     labelled = (row.labels != IGNORED).nonzero()[:, 0].to(device)
     inputs = {
         "input_ids": row.ids[None].to(device),
@@ -74,13 +77,11 @@ def packed_pass(
         output = policy.run(inputs | pictures)
     places = row.places.to(device)
 
-    def spread(values: torch.Tensor | None) -> torch.Tensor | None:
-        if values is None:
-            return None
-        empty = values.new_zeros(mask.shape)
+    def place(values: torch.Tensor) -> torch.Tensor:
+        empty = values.new_zeros(batch["completion_ids"].shape)
         return empty.index_put((places[:, 0], places[:, 1]), values[0, labelled])
 
-    return Scores(spread(output.log_probs), spread(output.entropy))
+    return Scores(*_placed(output, place))
 
 
 def padded_pass(
@@ -113,12 +114,15 @@ def padded_pass(
     with _pictures(policy, batch, order, cache, share_vision) as pictures:
         output = policy.run(inputs | pictures)
 
-    def spread(values: torch.Tensor | None) -> torch.Tensor | None:
-        if values is None:
-            return None
+    def place(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(mask.shape).index_copy(0, index, values[:, -width:])
 
-    return Scores(spread(output.log_probs), spread(output.entropy), output.aux_loss)
+    return Scores(*_placed(output, place), output.aux_loss)
+
+
+def _placed(output: Any, place: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A forward's log-probabilities and entropies as (B, C); a head that gives no entropies leaves None."""
+    return place(output.log_probs), None if output.entropy is None else place(output.entropy)
 
 
 @contextmanager
