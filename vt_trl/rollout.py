@@ -49,7 +49,7 @@ class Step:
 
 
 @dataclass
-class _Episode:
+class Episode:
     """An episode under way: what has been said so far, as tokens and as messages."""
 
     environment: Environment
@@ -157,7 +157,7 @@ class RolloutRunner:
             for step in steps:
                 yield step.rollout or self._record(episode)
 
-    def _steps(self, episodes: Sequence[_Episode], settings: SamplingSettings) -> Iterator[Step]:
+    def _steps(self, episodes: Sequence[Episode], settings: SamplingSettings) -> Iterator[Step]:
         left = set(range(len(episodes)))
         self.backend.begin(settings)
         try:
@@ -187,7 +187,7 @@ class RolloutRunner:
         row: dict[str, Any],
         group_size: int,
         on_refused: Callable[[dict[str, Any], DataError], Any] | None,
-    ) -> list[_Episode]:
+    ) -> list[Episode]:
         try:
             return self._start(row, group_size)
         except DataError as error:
@@ -196,7 +196,7 @@ class RolloutRunner:
             on_refused(row, error)
             return []
 
-    def _start(self, row: dict[str, Any], group_size: int, limits: Limits | None = None) -> list[_Episode]:
+    def _start(self, row: dict[str, Any], group_size: int, limits: Limits | None = None) -> list[Episode]:
         first = self.environment()
         check_pictures(first, row)
         observation = first.reset(row)
@@ -210,7 +210,7 @@ class RolloutRunner:
                 f"{self.limits.context}; raise vllm_max_model_length or lower max_pixels in environment_args."
             )
         return [
-            _Episode(
+            Episode(
                 first.fork(),
                 row,
                 member,
@@ -227,7 +227,7 @@ class RolloutRunner:
         ]
 
     @staticmethod
-    def _room(episode: _Episode) -> int:
+    def _room(episode: Episode) -> int:
         """Tokens that still fit into the completion and the context, sampled or told."""
         used, limits = len(episode.completion_ids), episode.limits
         room = limits.completion - used
@@ -236,31 +236,31 @@ class RolloutRunner:
         return room
 
     @staticmethod
-    def _unsampled(episode: _Episode) -> int:
+    def _unsampled(episode: Episode) -> int:
         """Tokens that the turn may still sample, when there is room for them."""
         limits, turn = episode.limits, episode.limits.turn - len(episode.spoken)
         return turn if limits.sampled is None else min(turn, limits.sampled - sum(episode.loss_mask))
 
-    def _submit(self, index: int, episode: _Episode, seed: int | None) -> None:
+    def _submit(self, index: int, episode: Episode, seed: int | None) -> None:
         room = min(self._unsampled(episode), self._room(episode))
         ids = (*episode.prompt.token_ids, *episode.completion_ids)
         own_seed = None if seed is None else turn_seed(seed, episode.row.get("id"), episode.member, ids)
         stop = episode.environment.stop_texts
         self.backend.submit(Request(index, ids, tuple(episode.images), room, own_seed, stop))
 
-    def _goes_on(self, episode: _Episode, sample: Sample) -> bool:
+    def _goes_on(self, episode: Episode, sample: Sample) -> bool:
         """Take in what was sampled; True when a stop text came where no turn ends, and there is room to go on."""
         episode.sampled(sample)
         if not self._stopped_early(episode, sample):
             return False
         return min(self._unsampled(episode), self._room(episode)) > 0
 
-    def _stopped_early(self, episode: _Episode, sample: Sample) -> bool:
+    def _stopped_early(self, episode: Episode, sample: Sample) -> bool:
         if not sample.finished or not episode.environment.stop_texts or sample.token_ids[-1] in self.stop_ids:
             return False
         return episode.environment.goes_on(self.encoder.decode(episode.spoken, self.stop_ids))
 
-    def _advance(self, episode: _Episode, sample: Sample) -> Done | None:
+    def _advance(self, episode: Episode, sample: Sample) -> Done | None:
         """Hand a sampled turn to the environment; None when the episode goes on."""
         finished = sample.finished and not self._stopped_early(episode, sample)
         text = self.encoder.decode(episode.spoken, self.stop_ids)
@@ -287,7 +287,7 @@ class RolloutRunner:
         return None
 
     @staticmethod
-    def _record(episode: _Episode, done: Done | None = None) -> Rollout:
+    def _record(episode: Episode, done: Done | None = None) -> Rollout:
         """What an episode holds by now; nothing that happens to it later changes the record."""
         return Rollout(
             row=episode.row,

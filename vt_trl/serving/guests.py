@@ -9,7 +9,7 @@ from typing import Any
 
 from vt_trl.chat import Encoded
 from vt_trl.generation.base import Sample, SamplingSettings
-from vt_trl.rollout import RolloutRunner, _Episode
+from vt_trl.rollout import Episode, RolloutRunner
 from vt_trl.types import Rollout, Turn
 
 
@@ -44,7 +44,7 @@ class GuestRunner(RolloutRunner):
         ``arrivals`` is asked for those who wait at the start and after each turn of anybody. They join the next round
         of turns, or with a backend that interleaves the turns under way. What the backend raises ends all.
         """
-        under_way: dict[int, tuple[Guest, _Episode]] = {}
+        under_way: dict[int, tuple[Guest, Episode]] = {}
         numbers = itertools.count()
         self.backend.begin(settings)
         try:
@@ -64,7 +64,7 @@ class GuestRunner(RolloutRunner):
     def _admit(
         self,
         guests: Iterable[Guest],
-        under_way: dict[int, tuple[Guest, _Episode]],
+        under_way: dict[int, tuple[Guest, Episode]],
         numbers: Iterator[int],
         seed: int | None,
     ) -> None:
@@ -82,7 +82,7 @@ class GuestRunner(RolloutRunner):
             guest.tell(episode.prompt)
             self._submit(number, episode, seed)
 
-    def _play_on(self, sample: Sample, guest: Guest, episode: _Episode, seed: int | None) -> bool:
+    def _play_on(self, sample: Sample, guest: Guest, episode: Episode, seed: int | None) -> bool:
         """Whether the guest's rollout has ended with this turn."""
         try:
             done = self._advance(episode, sample)
