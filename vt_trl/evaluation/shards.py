@@ -23,6 +23,7 @@ from vt_trl.transcripts.log import FOLDER
 from vt_trl.transcripts.record import PictureEncoder, Transcript
 from vt_trl.transcripts.table import read_facts, write_transcripts
 from vt_trl.types import Rollout
+from vt_trl.whole import changes
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,11 @@ def read_shard(path: Path, settings: Mapping[str, Any], digests: Sequence[str]) 
     if not path.is_file():
         return None
     facts = _facts(path)
-    before, now = facts["settings"], json.loads(json.dumps(settings))
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if facts["digests"] != list(digests):
-        changed.append("the rows")
-    if changed:
-        told = "; ".join(f"{name} was {_short(before.get(name))}, now {_short(now.get(name))}" for name in changed)
+    told = changes(
+        facts["settings"] | {"the rows": facts["digests"]},
+        json.loads(json.dumps(settings)) | {"the rows": list(digests)},
+    )
+    if told:
         raise ConfigError(
             f"{path} was made with other settings: {told}. Results of both would be mixed: name another --out, or "
             f"remove that folder."
@@ -127,8 +127,3 @@ def _facts(path: Path) -> dict[str, Any]:
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
     raise DataError(f"{path} is no shard of an evaluation ({problem}); remove it, and it is made anew.")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 160 else text[:160] + " ..."
