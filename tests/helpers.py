@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
 from PIL import Image
 
-from vt_trl.envs import LookEnv, ResizeEnv, ZoomEnv
+from vt_trl.boxes import Sight
+from vt_trl.envs import Environment, LookEnv, ResizeEnv, ZoomEnv
 from vt_trl.generation.base import Request, Sample
-from vt_trl.types import Done, Observation, RolloutStatus
+from vt_trl.types import Done, Observation, Rollout, RolloutStatus, Turn
 
 CALL = '<think>too small</think><tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
 SHORT_PROMPTS = {
@@ -55,7 +57,7 @@ class _BoxFirst:
     answers = itertools.count()
 
     def reset(self, row: Mapping[str, Any]) -> Observation:
-        self.gold = row["answer"][0]
+        self.gold = next(iter(row["answer"]), "nobody knows")  # a question that is asked has no answer yet
         return super().reset(row)
 
     def step(self, reply: str, truncated: bool = False) -> Observation | Done:
@@ -73,6 +75,46 @@ class ZoomsFirst(_BoxFirst, ZoomEnv):
 
 class LooksFirst(_BoxFirst, LookEnv):
     """``look`` with a forced first look."""
+
+
+class Boxes(ZoomEnv):
+    """A random model writes no boxes: two letters end a turn that has ``least`` characters, and a box stands for it.
+
+    The box is the upper left quarter; the last of ``turns`` is the answer.
+    """
+
+    def __init__(self, sight: Sight, turns: int, least: int):
+        super().__init__(sight=sight, shape="inline", turns=turns)
+        self.stop_texts, self.least = ("e", "a"), least
+
+    def goes_on(self, text: str) -> bool:
+        return len(text) < self.least
+
+    def step(self, reply: str, truncated: bool = False) -> Observation | Done:
+        if self.turn == self.max_turns - 1:
+            return Done(RolloutStatus.ANSWERED, reply)
+        sides = self.sight.sides(self.album.views[0].size)
+        box = {"bbox_2d": [0, 0, sides[0] / 2, sides[1] / 2]}
+        return super().step(f"<think>{json.dumps(box)}", truncated)
+
+
+def booked(
+    env: Environment, row: Mapping[str, Any], replies: Sequence[str], truncated: bool = False
+) -> tuple[Rollout, list[Observation]]:
+    """The episode as the rollout loop would book it, and what was shown; ``truncated`` concerns the last reply."""
+    env.reset(row)
+    turns, shown, regions, asked, attempted = [], [], [], False, False
+    for index, reply in enumerate(replies):
+        outcome = env.step(reply, truncated=truncated and index == len(replies) - 1)
+        turns.append(Turn(reply, (), (), True, outcome.faults))
+        attempted = attempted or outcome.called
+        if isinstance(outcome, Observation):
+            asked = asked or outcome.granted
+            regions += outcome.regions
+            shown.append(outcome)
+    assert isinstance(outcome, Done), "the episode is still open"
+    done = (outcome.status, outcome.answer, asked, attempted)
+    return Rollout({"id": "r"}, [], [], [], [], [], [], 0, turns, *done, regions=regions), shown
 
 
 class Script:

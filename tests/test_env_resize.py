@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import make_rows, picture
+from helpers import booked
 from PIL import Image
 
 from vt_trl.envs import DirectEnv, Environment, ResizeEnv, make_environment
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.metrics import RolloutRecord, summarise
 from vt_trl.rewards import accuracy_reward, format_reward
-from vt_trl.types import Done, Fault, Observation, Rollout, RolloutStatus, Turn
+from vt_trl.types import Done, Fault, Observation, Rollout, RolloutStatus
 
 S, F = RolloutStatus, Fault
 THINK = "<think>Hm.</think>"
@@ -58,19 +59,7 @@ ENDING = {
 
 
 def play(env: Environment, *replies: str, truncated: bool = False) -> tuple[Rollout, list[Observation]]:
-    """The episode as the rollout loop would book it; ``truncated`` concerns the last reply."""
-    env.reset(make_rows(1)[0])
-    turns, shown, asked, attempted = [], [], False, False
-    for index, reply in enumerate(replies):
-        outcome = env.step(reply, truncated=truncated and index == len(replies) - 1)
-        turns.append(Turn(reply, (), (), True, outcome.faults))
-        attempted = attempted or outcome.called
-        if isinstance(outcome, Observation):
-            asked = asked or outcome.granted
-            shown.append(outcome)
-    assert isinstance(outcome, Done), "the episode is still open"
-    done = (outcome.status, outcome.answer, asked, attempted)
-    return Rollout({"id": "r"}, [], [], [], [], [], [], 0, turns, *done), shown
+    return booked(env, make_rows(1)[0], replies, truncated)
 
 
 def counters(rollout: Rollout) -> set[str]:

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 from conftest import picture
+from helpers import booked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +19,7 @@ from vt_trl.envs import LookEnv, ZoomEnv, make_environment
 from vt_trl.envs.inline import boxes_in
 from vt_trl.errors import ConfigError
 from vt_trl.features import ImageSizes
-from vt_trl.types import INSERTED, Done, Fault, Observation, Region, Rollout, RolloutStatus, Turn
+from vt_trl.types import INSERTED, Done, Fault, Observation, Region, Rollout, RolloutStatus
 
 S, F = RolloutStatus, Fault
 THINK = "<think>Hm.</think>"
@@ -39,20 +40,7 @@ def inline(box, before="<think>Look: ", **more) -> str:
 
 
 def play(env, *replies, row=ROW, truncated=False) -> tuple[Rollout, list[Observation]]:
-    """The episode as the rollout loop would book it; ``truncated`` concerns the last reply."""
-    env.reset(row)
-    turns, shown, regions, asked, attempted = [], [], [], False, False
-    for index, reply in enumerate(replies):
-        outcome = env.step(reply, truncated=truncated and index == len(replies) - 1)
-        turns.append(Turn(reply, (), (), True, outcome.faults))
-        attempted = attempted or outcome.called
-        if isinstance(outcome, Observation):
-            asked = asked or outcome.granted
-            regions += outcome.regions
-            shown.append(outcome)
-    assert isinstance(outcome, Done), "the episode is still open"
-    done = (outcome.status, outcome.answer, asked, attempted)
-    return Rollout({"id": "r"}, [], [], [], [], [], [], 0, turns, *done, regions=regions), shown
+    return booked(env, row, replies, truncated)
 
 
 def images(observation: Observation) -> list[Image.Image]:

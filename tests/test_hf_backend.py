@@ -5,7 +5,6 @@ Worst difference of a log-probability seen: 9.5e-07 in both families, in fp32 on
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
@@ -13,10 +12,10 @@ from functools import cache
 import pytest
 import torch
 from conftest import FAMILY_NAMES, make_rows, picture
+from helpers import Boxes
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from vt_trl.chat import ChatEncoder
-from vt_trl.envs import ZoomEnv
 from vt_trl.envs.base import Environment, system, user
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
@@ -283,28 +282,8 @@ def test_stop_texts_need_a_tokenizer(world):
 def test_an_episode_with_pictures_inside_its_turn_is_trained_on_as_it_was_sampled(world):
     sight = world.family.sight(world.features.image_processor)
     row = {**make_rows(1, (112, 112))[0]}
-
-    class Boxes(ZoomEnv):
-        """A random model writes no boxes: two letters that it writes often end a turn, and a box stands for them."""
-
-        def __init__(self):
-            super().__init__(sight=sight, shape="inline", turns=4)
-            self.stop_texts = ("e", "a")
-
-        def goes_on(self, text):
-            return len(text) < 3
-
-        def step(self, reply, truncated=False):
-            sides = sight.sides(self.album.views[0].size)
-            box = {"bbox_2d": [0, 0, sides[0] / 2, sides[1] / 2]}
-            return (
-                super().step(f"<think>{json.dumps(box)}", truncated)
-                if self.turn < 3
-                else Done(RolloutStatus.ANSWERED, reply)
-            )
-
     backend = world.backend(tokenizer=world.encoder.tokenizer, stop_ids=[world.pad])
-    runner = RolloutRunner(Boxes, backend, world.encoder, [world.pad], Limits(200, 3000))
+    runner = RolloutRunner(lambda: Boxes(sight, 4, 3), backend, world.encoder, [world.pad], Limits(200, 3000))
     rollouts = runner.run([row], 3, SamplingSettings())
     assert all(len(rollout.turns) == 4 and len(rollout.images) == 4 for rollout in rollouts)
     assert world.worst(rollouts) < TOLERANCE

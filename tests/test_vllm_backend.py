@@ -6,24 +6,22 @@ Needs vLLM; its CPU build is enough. One engine per family serves the whole modu
 from __future__ import annotations
 
 import functools
-import json
 import os
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers import Boxes
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText
 
 from vt_trl.chat import ChatEncoder
-from vt_trl.envs import ZoomEnv
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
 from vt_trl.generation.base import Request, SamplingSettings
 from vt_trl.rollout import Limits, RolloutRunner
 from vt_trl.tiny import build_tiny
-from vt_trl.types import Done, RolloutStatus
 
 pytest.importorskip("vllm")
 from vllm_world import World  # noqa: E402
@@ -205,25 +203,9 @@ class Noted:
 def test_pictures_inside_a_turn_are_sampled_behind_as_transformers_would(world):
     family = family_of(world.model.config)
     sight = family.sight(world.processor.image_processor)
-
-    class Boxes(ZoomEnv):
-        """A random model writes no boxes: two letters end a turn, after at least forty, and a box stands for them."""
-
-        def __init__(self):
-            super().__init__(sight=sight, shape="inline", turns=3)
-            self.stop_texts = ("e", "a")
-
-        def goes_on(self, text):
-            return len(text) < 40
-
-        def step(self, reply, truncated=False):
-            sides = sight.sides(self.album.views[0].size)
-            box = {"bbox_2d": [0, 0, sides[0] / 2, sides[1] / 2]}
-            return super().step(f"<think>{json.dumps(box)}") if self.turn < 2 else Done(RolloutStatus.ANSWERED, reply)
-
     backend = Noted(world.new_backend(eos=[], banned=[world.eos]))
     encoder = ChatEncoder(world.tokenizer, family, ImageFeatures(world.processor.image_processor))
-    runner = RolloutRunner(Boxes, backend, encoder, [], Limits(200, 1000))
+    runner = RolloutRunner(lambda: Boxes(sight, 3, 40), backend, encoder, [], Limits(200, 1000))
     row = {"id": "r", "image": world.picture(8, 8), "question": "What?", "answer": ["5"]}
     rollouts = runner.run([row], 4, SamplingSettings())
     assert all(len(one.turns) == 3 and len(one.images) == 3 for one in rollouts)
