@@ -97,6 +97,7 @@ def test_settings_are_cleaned():
         "dataset": "/home/someone/rows",
         "paths": ["~/x/y", "relative/z", "a /tmp/b/c d", "https://hf.co/org/name"],
         "eos_token": "<|im_end|>",
+        "prompts": {"after_image": "\n</tool_response>\nAnswer inside <answer> </answer>, from </home/me/x>."},
     }
     assert cleaned(given, ["secret-word"]) == {
         "hub_token": "***",
@@ -106,6 +107,7 @@ def test_settings_are_cleaned():
         "dataset": "<local>/rows",
         "paths": ["<local>/y", "relative/z", "a <local>/c d", "https://hf.co/org/name"],
         "eos_token": "<|im_end|>",
+        "prompts": {"after_image": "\n</tool_response>\nAnswer inside <answer> </answer>, from <<local>/x>."},
     }
     assert place("Qwen/Qwen2.5-VL-7B-Instruct") == "Qwen/Qwen2.5-VL-7B-Instruct"
     assert place("/data/models/tiny") == place("tests").replace("tests", "tiny") == "<local>/tiny"

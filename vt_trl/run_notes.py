@@ -36,7 +36,7 @@ FILE = "vt_trl_run.json"
 METRICS = ("reward", "accuracy", "request_rate", "format_rate", "visual_tokens")  # and the same with eval_ in front
 LOCAL = "<local>"  # stands for the folders of a path that means nothing elsewhere
 
-_PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:\\|/)(?:[^\s'\",;:]*[/\\])?([^\s'\",;:/\\]+)/?")
+_PATH = re.compile(r"(?<![\w.:/~-])(?!(?<=<)/[\w-]+>)(?:~|[A-Za-z]:\\|/)(?:[^\s'\",;:]*[/\\])?([^\s'\",;:/\\]+)/?")
 
 
 @dataclass
