@@ -147,7 +147,8 @@ def test_a_checkpoint_is_played_as_it_was_trained(env):
     names = ("max_turns", "shape", "max_pictures", "max_images", "rule", "start_scale", "numbered")
     assert [getattr(again, name) for name in names] == [getattr(env, name) for name in names]
     assert again.sight == (Sight("unit", 32, 65_536, 16_777_216) if env.shape == "inline" else EIGHT)
-    assert trained_settings(parse_policy("two-turn"), facts) == {}
+    full = trained_settings(parse_policy("always-full"), facts)  # a control sees as many pixels
+    assert (full["max_pixels"], full["min_pixels"]) == (env.rule.max_pixels, 3136)
 
 
 class Widths(NamedTuple):

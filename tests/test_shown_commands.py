@@ -58,6 +58,7 @@ def shown() -> list[tuple[str, str]]:
         "docs/performance.md",
         "docs/data.md",
         "docs/hub.md",
+        "docs/environments.md",
         "docs/evaluate.md",
         "docs/seeing-a-run.md",
         "docs/serve.md",

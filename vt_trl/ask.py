@@ -26,8 +26,9 @@ def ask(
 ) -> PipelineResult:
     """Ask, print the turns as they end, and return the result.
 
-    ``folder``: the pictures the model saw are saved there as PNG. ``settings``: of the pipeline. Raises ConfigError
-    and DataError for a model or a picture that cannot be used.
+    ``image``: one, or a list where the environment takes several. ``folder``: the pictures the model saw are saved
+    there as PNG. ``settings``: of the pipeline. Raises ConfigError and DataError for a model or a picture that cannot
+    be used.
     """
     console = console or Console()
     if folder is not None:

@@ -119,15 +119,19 @@ class PolicyModel:
         """Settings of a policy's environment: as in training, where the notes say so, and ``args`` over them."""
         return trained_settings(policy, self.notes.environment) | dict(args or {})
 
-    def runner(self, environment: Callable[[], Environment]) -> RolloutRunner:
-        """The rollout loop of training on this model. Raises ConfigError when vLLM was started for fewer pictures."""
+    def runner(self, environment: Callable[[], Environment], pictures: int = 1) -> RolloutRunner:
+        """The rollout loop of training on this model. Raises ConfigError when vLLM was started for fewer pictures.
+
+        ``pictures``: the most that a question has, where that is more than the environment counts with.
+        """
         example = environment()
+        images = example.max_images * (pictures if example.any_pictures and pictures > example.max_pictures else 1)
         pixels = max(self._image_pixels, example.max_image_pixels or 0)
         if "backend" not in vars(self):
-            self.max_images, self._image_pixels = max(self.max_images, example.max_images), pixels
-        elif self.uses_vllm and (self.max_images < example.max_images or self._image_pixels < pixels):
+            self.max_images, self._image_pixels = max(self.max_images, images), pixels
+        elif self.uses_vllm and (self.max_images < images or self._image_pixels < pixels):
             raise ConfigError(
-                f"the environment shows up to {example.max_images} pictures of {pixels} pixels, and vLLM was started "
+                f"the environment shows up to {images} pictures of {pixels} pixels, and vLLM was started "
                 f"for {self.max_images} of {self._image_pixels}; evaluate this policy in a run of its own."
             )
         return self.parts.runner(self.backend, environment, self.limits)

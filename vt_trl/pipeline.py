@@ -63,9 +63,9 @@ class PipelineResult:
     """What became of one input.
 
     ``answer``: None when the policy gave none; ``status`` says how it ended (:class:`vt_trl.types.RolloutStatus`).
-    ``asked``: the full picture was asked for and shown; ``pictures``: what the model saw, in order and as it saw it.
-    ``visual_tokens`` are in all pictures, ``prompt_tokens`` in the opening (pictures included), ``generated_tokens``
-    sampled in all turns.
+    ``asked``: more was asked for and shown, such as the full picture or a part of it. ``pictures``: what the model
+    saw, in order and as it saw it. ``visual_tokens`` are in all pictures, ``prompt_tokens`` in the opening (pictures
+    included), ``generated_tokens`` sampled in all turns.
     """
 
     answer: str | None
@@ -143,8 +143,10 @@ class VisionThinkPipeline:
     ) -> PipelineResult | list[PipelineResult] | Iterator[PipelineTurn]:
         """Answer one input (``image=..., question=...`` or a mapping of the two) or a list of them, in its order.
 
-        ``image``: a PIL picture, bytes, or a local path. ``stream``: an iterator over turns as they end instead; the
-        last turn of an input carries its ``result``. Raises DataError for a picture that cannot be read or shown.
+        ``image``: a PIL picture, bytes, or a local path; where the environment takes several (``look``) a list of
+        them, which the question calls image 1, image 2 and so on. ``stream``: an iterator over turns as they end
+        instead; the last turn of an input carries its ``result``. Raises DataError for a picture that cannot be read
+        or shown.
         """
         single = inputs is None or isinstance(inputs, Mapping)
         if inputs is None:
@@ -201,11 +203,14 @@ def _row(given: Mapping[str, Any], number: int) -> dict[str, Any]:
     question = given["question"]
     if not isinstance(question, str) or not question.strip():
         raise DataError("the question is empty or no text", row=number)
+    several = isinstance(given["image"], list | tuple)
+    if several and not given["image"]:
+        raise DataError("the list of pictures is empty", row=number)
     try:
-        image = load_image(given["image"])
+        images = [load_image(one) for one in (given["image"] if several else [given["image"]])]
     except DataError as error:
         raise error.at(row=number) from error
-    own = {"image": image, "images": None, "question": question, "answer": []}
+    own = {"image": images[0], "images": images if len(images) > 1 else None, "question": question, "answer": []}
     return {"id": str(number), **given, **own}
 
 

@@ -122,7 +122,8 @@ def environment_facts(environment: Any, args: Any) -> dict[str, Any]:
     names = {ResizeEnv: "resize", DirectEnv: "direct", SingleEnv: "single", ZoomEnv: "zoom", LookEnv: "look"}
     kind = names.get(type(environment), "own")
     if kind in ("zoom", "look"):
-        return facts | {"kind": kind, "settings": environment.settings}
+        rule = dataclasses.asdict(environment.rule)  # for controls that are to see as much
+        return facts | {"kind": kind, "settings": environment.settings, "rule": rule}
     if kind != "own":
         facts |= {"prompts": dataclasses.asdict(environment.prompts), "rule": dataclasses.asdict(environment.rule)}
     return facts | {"kind": kind, "resolution": getattr(environment, "resolution", "low")}

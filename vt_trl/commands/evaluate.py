@@ -15,7 +15,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", nargs="+", required=True, help="folders or Hub names, or NAME=PLACE")
     parser.add_argument("--data", nargs="+", required=True, help="rows as for training, or NAME=PLACE")
     parser.add_argument(
-        "--policies", nargs="+", default=POLICIES, help="two-turn, always-full, always-low, always-ask, share=0.3"
+        "--policies",
+        nargs="+",
+        default=POLICIES,
+        help="two-turn, zoom, look, always-full, always-low, always-ask, share=0.3, module:Class",
     )
     parser.add_argument("--out", default="runs/evaluation", help="a folder; what it holds already is not done again")
     parser.add_argument("--split", default=None, help="split of the data sets")

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--upstream", metavar="URL", help="a vLLM server's .../v1 that samples the turns")
     parser.add_argument("--upstream-model", help="the model's name there (default: MODEL)")
-    parser.add_argument("--policy", default=None, help="two-turn, always-full, ... (default: as trained)")
+    parser.add_argument("--policy", default=None, help="two-turn, zoom, look, always-full, ... (default: as trained)")
     add_model_options(parser)
     parser.add_argument("--max-batch", type=int, default=32, help="episodes under way at a time")
     limits = parser.add_argument_group("limits")

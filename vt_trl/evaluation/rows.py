@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ def play_rows(
         progress: called with the number of rows just finished.
     """
     settings = settings or SamplingSettings(temperature=0.0)
-    most = runner.environment().max_pictures
+    example = runner.environment()
+    most = sys.maxsize if example.any_pictures else example.max_pictures  # the environment's own limit is its word
     results: list[RowResult] = []
     rollouts: list[Rollout | None] = []
     seconds = 0.0
@@ -178,8 +180,12 @@ def digest(row: Mapping[str, Any]) -> str:
 
 
 def content_digest(row: Mapping[str, Any]) -> str:
-    """The same with its picture: its bytes, or for a file its path, size and time of change."""
-    image = row.get("image")
+    """The same with its pictures: their bytes, or for a file its path, size and time of change."""
+    several = [_picture_digest(row, one) for one in row.get("images") or ()]
+    return _hash(several) if several else _picture_digest(row, row.get("image"))
+
+
+def _picture_digest(row: Mapping[str, Any], image: Any) -> str:
     image = image if isinstance(image, Mapping) else {"bytes": None, "path": image}
     data, path = image.get("bytes"), image.get("path")
     if data is not None:

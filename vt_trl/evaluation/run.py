@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from vt_trl.data import load_rows
@@ -31,7 +32,10 @@ Progress = Callable[[str, int, int], Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is evaluated: named models, named data sets, and policies; see :func:`evaluate`."""
+    """What is evaluated: named models, named data sets, and policies; see :func:`evaluate`.
+
+    ``environment_args``: settings of every policy's environment; under a policy's name those of that policy alone.
+    """
 
     models: Mapping[str, str]
     data: Mapping[str, str]
@@ -111,6 +115,13 @@ def _rows_of(place: str, plan: Plan) -> Dataset:
     return rows
 
 
+def most_pictures(rows: Dataset) -> int:
+    """The most pictures that one of the rows has."""
+    if "images" not in rows.column_names:
+        return 1
+    return pc.max(pc.list_value_length(rows.data.column("images"))).as_py() or 1
+
+
 def _summary(cell: Cell, shards: Sequence[Shard], done: Mapping[Cell, Sequence[Shard]]) -> dict[str, Any]:
     full = done.get(Cell(cell.model, cell.data, "always-full"))
     results = [one for shard in shards for one in shard.results]
@@ -132,7 +143,7 @@ class _Session:
 
     def run(self, cell: Cell, model: PolicyModel, policy: Policy, rows: Dataset) -> list[Shard]:
         """The shards of a cell, read or made; weights are loaded when the first one has to be made."""
-        args = model.settings_for(policy, self.plan.environment_args)
+        args = model.settings_for(policy, self._arguments(policy))
         environment = policy.environment(args, model.sight)
         settings = self._settings(model, policy, args)
         runner: RolloutRunner | None = None
@@ -144,12 +155,19 @@ class _Session:
             path = shard_path(self.out, cell, number)
             shard = read_shard(path, settings, digests)
             if shard is None:
-                runner = runner or model.runner(environment)
+                runner = runner or model.runner(environment, most_pictures(rows))
                 done = play_rows(runner, part, model.sampling, self.reward, batch_size=len(part))
                 shard = write_shard(path, cell, settings, digests, done, self.name)
             shards.append(shard)
             self.progress(str(cell), start + len(part), len(rows))
         return shards
+
+    def _arguments(self, policy: Policy) -> dict[str, Any]:
+        """The settings given for a policy's environment: those of all, and its own over them."""
+        given = self.plan.environment_args
+        names = {parse_policy(text, self.plan.seed).name for text in self.plan.policies}
+        shared = {name: value for name, value in given.items() if name not in names}
+        return shared | dict(given.get(policy.name, {}))
 
     def _settings(self, model: PolicyModel, policy: Policy, args: Mapping[str, Any]) -> dict[str, Any]:
         """All that a result depends on, but the rows."""

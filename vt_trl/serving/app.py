@@ -142,8 +142,10 @@ async def _complete(service: Service, request: Request) -> Response:
 
 async def _read(service: Service, request: Request) -> tuple[Asked, dict[str, Any]]:
     body = await service.read_body(request)
-    asked = await asyncio.to_thread(read_request, body, service.model, service.limits, service.engine.most_tokens)
-    return asked, asked.row(await service.pictures.read(asked.url))
+    engine = service.engine
+    most = engine.most_tokens, engine.most_pictures
+    asked = await asyncio.to_thread(read_request, body, service.model, service.limits, *most)
+    return asked, asked.row([await service.pictures.read(url) for url in asked.urls])
 
 
 def _late(service: Service) -> ApiError:

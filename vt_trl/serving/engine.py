@@ -70,9 +70,10 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 class Engine(Protocol):
-    """Plays rows. ``most_tokens``: sampled tokens of one answer at most."""
+    """Plays rows. ``most_tokens``: sampled tokens of one answer at most; ``most_pictures``: of one question."""
 
     most_tokens: int
+    most_pictures: int
 
     def start(self) -> None: ...
 
@@ -104,7 +105,8 @@ class LocalEngine:
         self.sampling = sampling
         self.runner = GuestRunner.of(runner)
         self.max_batch = max_batch
-        self.most_tokens = runner.limits.turn * runner.environment().max_turns
+        example = runner.environment()
+        self.most_tokens, self.most_pictures = runner.limits.turn * example.max_turns, example.max_pictures
         self._waiting: deque[_Waiting] = deque()
         self._active: set[_Waiting] = set()
         self._wake = threading.Condition()

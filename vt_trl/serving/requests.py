@@ -1,4 +1,4 @@
-"""A chat-completions request, checked: one picture and one question, and how to answer."""
+"""A chat-completions request, checked: a question and its picture, or several, and how to answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vt_trl.errors import DataError
 from vt_trl.generation.base import SamplingSettings
-from vt_trl.rows import clean_question
+from vt_trl.rows import clean_question, numbered_question
 from vt_trl.serving.errors import ApiError, bad_request
 from vt_trl.serving.limits import ServeLimits
 
@@ -90,9 +90,9 @@ class ChatRequest(_Strict):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks: where the picture is, the question, and how to answer."""
+    """What a request asks: where its pictures are, the question, and how to answer."""
 
-    url: str
+    urls: tuple[str, ...]
     question: str
     settings: SamplingSettings
     max_tokens: int | None
@@ -101,15 +101,16 @@ class Asked:
     turns: bool
     id: str | None
 
-    def row(self, image: Any) -> dict[str, Any]:
+    def row(self, images: list[Any]) -> dict[str, Any]:
         """The row that an environment gets."""
-        return {"id": self.id, "image": image, "question": self.question, "answer": [], "data_source": "serve"}
+        pictures = {"image": images[0]} | ({"images": images} if len(images) > 1 else {})
+        return {"id": self.id, **pictures, "question": self.question, "answer": [], "data_source": "serve"}
 
 
-def read_request(body: bytes, model: str, limits: ServeLimits, most_tokens: int) -> Asked:
+def read_request(body: bytes, model: str, limits: ServeLimits, most_tokens: int, most_pictures: int = 1) -> Asked:
     """The request in a body. Raises ApiError (400) that names the field.
 
-    ``most_tokens``: sampled tokens of an answer at most, all turns together.
+    ``most_tokens``: sampled tokens of an answer at most, all turns together; ``most_pictures``: of one question.
     """
     try:
         request = ChatRequest.model_validate_json(body)
@@ -121,11 +122,11 @@ def read_request(body: bytes, model: str, limits: ServeLimits, most_tokens: int)
     tokens = getattr(request, name)
     if tokens is not None and tokens > most_tokens:
         raise bad_request(f"{name} is {tokens}, and this server allows {most_tokens}.", "too_many_tokens", name)
-    url, question = _content(request.messages)
+    urls, question = _content(request.messages, most_pictures)
     if len(question) > limits.question_chars:
         raise bad_request(f"The question has more than {limits.question_chars} characters.", "question_too_long")
     try:
-        question = clean_question(question)
+        question = numbered_question(question) if len(urls) > 1 else clean_question(question)
     except DataError as error:
         raise bad_request(f"{error.reason}.", "bad_question") from None
     if not question.strip():
@@ -133,24 +134,25 @@ def read_request(body: bytes, model: str, limits: ServeLimits, most_tokens: int)
     options = request.stream_options or StreamOptions()
     wanted = request.vt_trl
     stream = bool(request.stream)
-    return Asked(url, question, request.settings, tokens, stream, options.include_usage, wanted.turns, wanted.id)
+    return Asked(urls, question, request.settings, tokens, stream, options.include_usage, wanted.turns, wanted.id)
 
 
-def _content(messages: list[ChatMessage]) -> tuple[str, str]:
-    """The address of the only picture, and the question."""
+def _content(messages: list[ChatMessage], most: int) -> tuple[tuple[str, ...], str]:
+    """The addresses of the pictures, and the question."""
     if len(messages) != 1 or messages[0].role != "user":
         raise bad_request(
-            "Send one user message with one image and one question. System texts and earlier turns are the "
+            "Send one user message with an image and a question. System texts and earlier turns are the "
             "environment's own here.",
             "unsupported_messages",
         )
     content = messages[0].content
     parts = [TextContent(type="text", text=content)] if isinstance(content, str) else content
-    urls = [part.image_url.url for part in parts if isinstance(part, ImageContent)]
-    if len(urls) != 1:
+    urls = tuple(part.image_url.url for part in parts if isinstance(part, ImageContent))
+    if not 1 <= len(urls) <= most:
         code = "too_many_images" if urls else "no_image"
-        raise bad_request(f"The message has {len(urls)} images; send exactly one, as an image_url part.", code)
-    return urls[0], "\n".join(part.text for part in parts if isinstance(part, TextContent))
+        wanted = "exactly one, as an image_url part" if most == 1 else f"1 to {most}, as image_url parts"
+        raise bad_request(f"The message has {len(urls)} images; send {wanted}.", code)
+    return urls, "\n".join(part.text for part in parts if isinstance(part, TextContent))
 
 
 def _explained(error: ValidationError) -> ApiError:

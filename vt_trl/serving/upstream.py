@@ -47,11 +47,12 @@ class UpstreamEngine:
             raise ConfigError("--upstream needs the openai package: pip install 'vt-trl[serve]'.") from error
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"--upstream is {url!r}; give a URL such as http://127.0.0.1:8000/v1.")
-        refuse_inline(environment())
+        example = environment()
+        refuse_inline(example)
         self.openai, self.model, self.environment, self.sampling = openai, model, environment, checkpoint.sampling
         self.processor = checkpoint.parts.processor
         self.turn_tokens = checkpoint.limits.turn
-        self.most_tokens = self.turn_tokens * environment().max_turns
+        self.most_tokens, self.most_pictures = self.turn_tokens * example.max_turns, example.max_pictures
         self._key = os.environ.get(KEY) or "none"
         self._client = openai.AsyncOpenAI(base_url=url, api_key=self._key, timeout=seconds, max_retries=1)
         added = self.processor.tokenizer.added_tokens_decoder.values()
