@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -26,7 +27,12 @@ hypothesis.settings.load_profile("vt_trl")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 FAMILY_NAMES = ("qwen2_5_vl", "qwen3_vl")
-TOKENIZERS = {"qwen2_5_vl": "qwen2.5-vl-7b-instruct", "qwen3_vl": "qwen3-vl-8b"}  # folders of ../shared/qwen
+# Folders of ../shared/qwen that a family's files come from, later ones over earlier ones: Qwen3 has the vocabulary of
+# Qwen2.5 with more added tokens, and its files there are without it.
+TOKENIZERS = {
+    "qwen2_5_vl": ("qwen2.5-vl-7b-instruct",),
+    "qwen3_vl": ("qwen2.5-vl-7b-instruct", "qwen3-1.7b", "qwen3-vl-8b"),
+}
 
 
 @pytest.fixture(scope="session")
@@ -82,10 +88,16 @@ def real_checkpoints(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     from vt_trl.tiny import build_tiny
 
     root = tmp_path_factory.mktemp("real")
-    return {
-        name: build_tiny(root / name, family=name, hidden_size=64, tokenizer_dir=shared / "qwen" / folder)
-        for name, folder in TOKENIZERS.items()
-    }
+    made = {}
+    for name, folders in TOKENIZERS.items():
+        files = {file.name: file for folder in folders for file in (shared / "qwen" / folder).iterdir()}
+        if len(folders) > 1:
+            del files["chat_template.json"]  # the other family's
+        (root / "files" / name).mkdir(parents=True)
+        for file in files.values():
+            shutil.copyfile(file, root / "files" / name / file.name)
+        made[name] = build_tiny(root / name, family=name, hidden_size=64, tokenizer_dir=root / "files" / name)
+    return made
 
 
 @pytest.fixture(scope="session")
