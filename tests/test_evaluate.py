@@ -255,7 +255,7 @@ def test_a_run_that_is_killed_goes_on_and_ends_the_same(plan, done, tmp_path, mo
 def test_done_work_is_not_mixed_with_other_settings(plan, done, rows_folder, tmp_path):
     out, _ = done
     other = Plan(**vars(plan) | {"model_settings": LIMITS | {"max_turn_tokens": 5}})
-    with pytest.raises(ConfigError, match=r"limits was .*\"turn\": 6.*now .*\"turn\": 5.*name another --out"):
+    with pytest.raises(ConfigError, match="limits was .*'turn': 6.* and is .*'turn': 5.*name another --out"):
         evaluate(other, out)
     changed = write_rows(tmp_path / "rows", 5)
     with pytest.raises(ConfigError, match="made with other settings: the rows was"):
