@@ -7,7 +7,7 @@ THREADS ?= 2
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo ablation space test test-lmms test-vllm lint setup clean
+.PHONY: demo demo-zoom ablation space test test-lmms test-vllm lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -21,6 +21,9 @@ $(VENV)/.ready: pyproject.toml
 
 demo: setup
 	$(BIN)/python -m demos.reading --seed $(SEED) --out $(OUT) --threads $(THREADS)
+
+demo-zoom: setup
+	$(BIN)/python -m demos.searching --out $(OUT)_zoom --json $(OUT)_zoom/zoom.json
 
 space: setup
 	VT_MODEL=$(OUT)/grpo $(BIN)/python demos/space/app.py

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+from demos.tables import RESULTS, put_between, span, table_program
+
 START = "<!-- demo table: written by `python -m demos.reading.table`, checked by tests/test_readme.py -->"
 END = "<!-- end of demo table -->"
 _ROWS = (  # label, key in before/after, key of always-low, key of always-full
@@ -25,20 +24,15 @@ def load_reports() -> list[dict[str, Any]]:
     return sorted(reports, key=lambda report: report["seed"])
 
 
-def _span(values: Sequence[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f}-{high:.2f}"
-
-
 def table(reports: Sequence[dict[str, Any]]) -> str:
     """Markdown: one column per policy, each cell the span over the seeds, then where the figures come from."""
     lines = ["| held-out pictures | always low | always full | before GRPO | after GRPO |", "|---|---|---|---|---|"]
     for label, key, low, full in _ROWS:
-        fixed = [_span([report[name] for report in reports]) if name else "" for name in (low, full)]
-        moving = [_span([report[when][key] for report in reports]) for when in ("before", "after")]
+        fixed = [span([report[name] for report in reports]) if name else "" for name in (low, full)]
+        moving = [span([report[when][key] for report in reports]) for when in ("before", "after")]
         lines.append(f"| {' | '.join([label, *fixed, *moving])} |")
     first = reports[0]
-    minutes = _span([report["wall_seconds"] / 60 for report in reports])
+    minutes = span([report["wall_seconds"] / 60 for report in reports])
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("torch", "transformers", "trl"))
     lines.append("")
     lines.append(
@@ -51,26 +45,11 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
 
 def with_table(text: str, reports: Sequence[dict[str, Any]]) -> str:
     """``text`` with what stands between the two markers replaced."""
-    before, _, rest = text.partition(START)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"The text has no pair of markers {START} and {END}.")
-    return f"{before}{START}\n{table(reports)}\n{END}{after}"
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m demos.reading.table", description=__doc__)
-    parser.add_argument("--write", type=Path, help="a file whose table to replace; otherwise it is printed")
-    return parser.parse_args(argv)
+    return put_between(text, START, END, table(reports))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parse_args(argv)
-    if options.write is None:
-        print(table(load_reports()))
-    else:
-        text = options.write.read_text(encoding="utf-8")
-        options.write.write_text(with_table(text, load_reports()), encoding="utf-8")
+    table_program("demos.reading.table", __doc__, lambda: table(load_reports()), START, END, argv)
 
 
 if __name__ == "__main__":
