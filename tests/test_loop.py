@@ -15,7 +15,7 @@ from shipped import ROOT
 from vt_trl import cli
 from vt_trl.errors import ConfigError, StageFailed
 from vt_trl.loop.manifest import Manifest, locked
-from vt_trl.loop.process import processes_of
+from vt_trl.loop.process import _read, processes_of
 from vt_trl.loop.show import show_status
 
 
@@ -175,6 +175,9 @@ def test_a_stage_that_leaves_nothing_has_failed(tmp_path):
 def test_keys_have_no_place_in_a_recipe(tmp_path):
     with pytest.raises(ConfigError, match="'a': text looks like a key"):
         run(write(tmp_path, [stage("a", text="sk-abcdefgh1234")]))
+    run(write(tmp_path, [stage("a", text="hf-internal-testing/tiny")]))  # a name on the Hub
+    with pytest.raises(ConfigError, match="text looks like a key"):
+        run(write(tmp_path, [stage("a", text="https://me:password@host/x")]))
     with pytest.raises(ConfigError, match="HF_TOKEN looks like a key"):
         run(write(tmp_path, [stage("a", env={"HF_TOKEN": "x"})]))
 
@@ -190,6 +193,16 @@ def test_a_manifest_that_cannot_be_read_is_no_reason_to_start_over(looped, tmp_p
     with pytest.raises(ConfigError, match="cannot be read.*Restore it"):
         run(looped)
     assert set(counts(tmp_path).values()) == {1}
+
+
+def test_a_bar_is_a_line_now_and_then_and_no_line_is_lost(tmp_path):
+    said = []
+    read, write_end = os.pipe()
+    with os.fdopen(write_end, "wb") as stream:
+        stream.write(b"one\r\n\x1b[32mtwo\x1b[0m\n" + b"".join(b"%d/9\r" % n for n in range(10)) + b"9/9\nlast")
+    with os.fdopen(read, "rb") as stream:
+        _read(stream, said.append)
+    assert said == ["one", "two", "0/9", "9/9", "last"]
 
 
 def wait_for(condition, seconds=60):

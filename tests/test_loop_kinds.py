@@ -18,7 +18,7 @@ from vt_trl.loop import plan_loop
 from vt_trl.loop.driver import Driver
 from vt_trl.loop.metrics import best_round, metrics_of, progress_of
 from vt_trl.loop.show import show_plan
-from vt_trl.loop.sizes import sizes
+from vt_trl.loop.sizes import architecture, sizes
 from vt_trl.loop.stages import Kind, arguments, launcher, processes
 
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
@@ -163,6 +163,22 @@ def test_sizes_of_a_plan(tmp_path, folder):
     show_plan(path, console=Console(file=said, width=200))
     assert "4 stages" in said.getvalue() and "At most 59 episodes and 8 optimizer steps" in said.getvalue()
     assert not (tmp_path / "out").exists()
+
+
+def test_training_on_paper(tmp_path, checkpoint, folder):
+    """Hours and memory by the preflight, of the model that the chain of stages began with."""
+    rows = folder(*(row(number, image="images/0.png") for number in range(8)))
+    shared = {"dataset": str(rows), "report_to": "none", "dtype": "float32"}
+    train = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, **shared}
+    stages = [
+        {"name": "sft", "run": "sft", "set": {"model": str(checkpoint), **shared}},
+        {"name": "out", "run": "export", "set": {"run": "${sft.out}"}},
+        {"name": "hard", "run": "train", "set": {"model": "${out.out}", "penalty": "none", **train}},
+    ]
+    plan = plan_loop(write(tmp_path, stages, defaults={"sft": {"bf16": False}, "train": {"bf16": False}}))
+    assert architecture(plan.by_id["hard"], plan) == str(checkpoint)
+    hard = sizes(plan, gpu_gib=80)["hard"]
+    assert hard.note == "fits" and hard.hours > 0 and hard.steps == 8 * 3
 
 
 def test_a_recipe_over_another(tmp_path):

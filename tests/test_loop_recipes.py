@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import time
 
+import loops
 import pytest
 import yaml
 from shipped import LOOPS, ROOT
@@ -14,7 +13,6 @@ from shipped import LOOPS, ROOT
 from vt_trl.data import load_rows
 from vt_trl.loop import plan_loop
 from vt_trl.loop.manifest import Manifest
-from vt_trl.loop.show import show_status
 from vt_trl.loop.sizes import architecture, sizes
 from vt_trl.loop.stages import check_training, processes
 
@@ -87,50 +85,52 @@ def test_the_size_of_the_published_loop(monkeypatch, tmp_path):
     assert found["seeds"].episodes == 3072 * 4 and found["r3.sft"].steps == -(-3000 // 32)
 
 
-def smoke(name, folder, *words):
-    """``vt-trl loop`` on a smoke recipe, in a process of its own; all it said."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vt_trl", "loop", f"recipes/{name}.yaml", "--folder", str(folder), *words]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    return done.stdout
+def smoke(name, *words):
+    """``vt-trl loop`` on a smoke recipe."""
+    driver = loops.start(ROOT / "recipes" / f"{name}.yaml", *words)
+    said, _ = driver.communicate(timeout=2400)
+    assert driver.returncode == 0, said[-6000:]
 
 
-def check_smoke(folder, rounds):
+def check_smoke(folder):
     """Every stage is done; the model has written its own right traces, and they are what the next round learns."""
     manifest = Manifest.read(folder)
     assert {one.status for one in manifest.stages.values()} == {"done"}
-    for number in range(1, rounds):
-        write = manifest.stages[f"r{number}.write"]
-        assert 0 < write.metrics["kept_share"] <= 1 and write.metrics["rows"] == len(
-            load_rows(folder / "stages" / f"r{number}.write")
-        )
-        assert set(manifest.stages[f"r{number + 1}.sft"].inputs["files"]) == {"<start>/model", f"<r{number}.write>"}
+    write = manifest.stages["r1.write"].metrics
+    assert 0 < write["kept_share"] <= 1 and write["rows"] == len(load_rows(folder / "stages" / "r1.write"))
+    assert set(manifest.stages["r2.sft"].inputs["files"]) == {"<start>/model", "<r1.write>"}
     assert manifest.stages["r1.sft"].metrics["loss"] < 0.5 * manifest.stages["r1.sft"].metrics["loss/first"]
     assert manifest.best["out"] == f"stages/r{manifest.best['round']}.hard" and manifest.best["value"] > 0.5
     return manifest
 
 
-def test_the_whole_loop_on_a_cpu(tmp_path):
-    """Real commands; then nothing is left to do, and a second round is added to the first."""
-    smoke("openvlthinker_smoke", tmp_path)
-    manifest = check_smoke(tmp_path, rounds=2)
-    assert list(manifest.stages) == ["start", *(f"r1.{n}" for n in ("sft", "hard", "score", "write")),
-                                     *(f"r2.{n}" for n in ("sft", "hard", "score"))]  # fmt: skip
+def test_the_whole_loop_on_a_cpu_with_a_kill_in_the_middle(tmp_path):
+    """Real commands, up to the fine-tuning on the model's own traces; kill -9 of the driver in the first one."""
+    words = ("--folder", str(tmp_path / "out"), "--until", "r2.sft")
+    driver = loops.start(ROOT / "recipes" / "openvlthinker_smoke.yaml", *words)
+    kept = tmp_path / "out" / "stages" / "r1.sft" / "checkpoint-40" / "vt_trl_files.json"
+    end = time.monotonic() + 900
+    while not kept.exists() and driver.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    driver.kill()
+    written = kept.stat().st_mtime_ns
+    smoke("openvlthinker_smoke", *words)
+    manifest = check_smoke(tmp_path / "out")
+    assert list(manifest.stages) == ["start", *(f"r1.{one}" for one in ("sft", "hard", "score", "write")), "r2.sft"]
+    assert manifest.stages["start"].starts == 1 and manifest.stages["r1.sft"].starts == 2
+    assert kept.stat().st_mtime_ns == written  # it went on after step 40, and did not come by it again
     assert manifest.stages["r1.hard"].metrics["steps"] == 2
-    settings = yaml.safe_load((tmp_path / "settings" / "r2.hard.yaml").read_text())
-    assert settings["model"] == str(tmp_path / "stages" / "r2.sft")
-    os.chdir(ROOT)
-    states = show_status(ROOT / "recipes" / "openvlthinker_smoke.yaml", ["--folder", str(tmp_path)])
-    assert set(states.values()) == {"done"}
+    settings = yaml.safe_load((tmp_path / "out" / "settings" / "r1.hard.yaml").read_text())
+    assert settings["model"] == str(tmp_path / "out" / "stages" / "r1.sft")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["loop_resize_smoke", "loop_zoom_smoke"])
 def test_traces_of_several_turns_with_pictures(tmp_path, name):
     """The model of round 1 looks where its traces did, is right, and what it wrote is learnt in round 2."""
-    smoke(name, tmp_path)
-    check_smoke(tmp_path, rounds=2)
+    smoke(name, "--folder", str(tmp_path), "--launch.num_processes", "1", "--launch.cpu", "true")
+    manifest = check_smoke(tmp_path)
+    assert "accelerate.commands.launch" in manifest.stages["r1.hard"].command and "r2.score" in manifest.stages
     replies = load_rows(tmp_path / "stages" / "r1.write")["replies"]
     assert any(len(one) == 2 for one in replies) and any(len(one) == 1 for one in replies)
     assert json.loads((tmp_path / "stages" / "r1.score" / "results.json").read_text())["cells"][0]["request_rate"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -52,6 +53,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         )
     except Stopped as stopped:
         print(f"{stopped}: the loop has ended in order; the same command goes on.", file=sys.stderr)
-        return TERMINATED if str(stopped) == "SIGTERM" else BROKEN_OFF
+        return TERMINATED if stopped.number == signal.SIGTERM else BROKEN_OFF
     show_end(manifest)
     return 0

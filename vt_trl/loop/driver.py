@@ -133,7 +133,8 @@ class Driver:
         self.manifest.write()
         self.hashes.save()
         log = self.plan.folder / record.log
-        self._say(one.id, f"{one.stage.run}: {log}")
+        goes_on = f", start {record.starts}, going on with what is there" if one.out.exists() else ""
+        self._say(one.id, f"{one.stage.run}: {log}{goes_on}")
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as stream:
             stream.write(f"--- {record.started} start {record.starts}: {shlex.join(record.command)}\n")
@@ -248,7 +249,8 @@ def failure(one: Planned, record: Record, plan: Plan, problem: str) -> str:
     return (
         f"stage {one.id} ({one.stage.run}) failed: {problem}. The end of its log, {log}:\n{last}\n"
         f"{kept} To look at it alone: {shlex.join(record.command)}\n"
-        f"To go on when it is mended: the same command again, which starts with this stage."
+        f"To go on when it is mended: the same command again, which starts with this stage where it was; "
+        f"`--again {one.id}` starts it from nothing."
     )
 
 

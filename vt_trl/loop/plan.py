@@ -214,7 +214,9 @@ class _Names:
             ran = [n for n in ran if n == number]
         found = [stage_id(one.name, n) for n in ran]
         if one.scope == "best" and self.loop.best:  # which round that is, its evaluations say
-            found = [stage_id(self.loop.best.stage, n) for n in range(1, self.loop.rounds + 1)] + found
+            judge = self.block[self.loop.best.stage]
+            rounds = [n for n in range(1, self.loop.rounds + 1) if judge.runs_in(n, self.loop.rounds)]
+            found = [stage_id(judge.name, n) for n in rounds] + found
         return found
 
     def check(self, one: Reference, stage: Stage, number: int | None, where: str) -> None:

@@ -23,6 +23,8 @@ from vt_trl.redact import environment_secrets, without_keys
 
 TOKEN = "VT_TRL_LOOP_STAGE"
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_ENDS = re.compile(rb"(\r\n|\r|\n)")
+_LONGEST = 1_000_000  # bytes of a line
 _POLL = 0.1  # seconds between looks at the process
 _LOOK = 5.0  # seconds between looks at how far it is
 _LEFT = 10.0  # seconds that what a finished command leaves behind has to end by itself
@@ -118,15 +120,23 @@ def _wait(
 
 
 def _read(stream: IO[bytes], line: Callable[[str], None]) -> None:
-    """Lines of a stream, also those that a bar writes over each other, without escape sequences and keys."""
+    """Lines of a stream without escape sequences and keys; of what a bar writes over itself, a line now and then."""
     secrets = environment_secrets()
-    before = ""
-    for raw in stream:
-        for part in raw.decode("utf-8", "replace").split("\r"):
-            text = without_keys(_ESCAPES.sub("", part).rstrip(), secrets)
-            if text and text != before:
-                line(text)
-            before = text
+    before, shown, rest = "", 0.0, b""
+    while chunk := stream.read1(65_536):
+        *parts, rest = _ENDS.split(rest + chunk)
+        if len(rest) > _LONGEST:
+            parts, rest = [*parts, rest, b"\n"], b""
+        for raw, end in zip(parts[::2], parts[1::2], strict=True):
+            text = without_keys(_ESCAPES.sub("", raw.decode("utf-8", "replace")).rstrip(), secrets)
+            bar = end == b"\r"
+            if not text or text == before or (bar and time.monotonic() - shown < _LOOK):
+                continue
+            before, shown = text, time.monotonic() if bar else shown
+            line(text)
+    text = without_keys(_ESCAPES.sub("", rest.decode("utf-8", "replace")).rstrip(), secrets)
+    if text:
+        line(text)
 
 
 def processes_of(token: str) -> list[psutil.Process]:

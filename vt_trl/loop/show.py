@@ -21,6 +21,7 @@ from vt_trl.loop.sizes import Size, sizes
 STYLES = {DONE: "green", FAILED: "red", RUNNING: "cyan"}
 WAITING, STALE = "waiting", "outdated"
 FIGURES = ("rows", "kept_share", "loss", "reward", "accuracy", "eval_accuracy", "steps")  # shown, where there are any
+BY_ROUND = ("bands/", "mean/", "drift/mean_shift/", "rejected/", "row/", "share/")  # and those, round by round
 
 
 def show_plan(
@@ -92,12 +93,12 @@ def states_of(plan: Plan, manifest: Manifest) -> dict[str, str]:
 
 
 def _show_drift(plan: Plan, manifest: Manifest, console: Console) -> None:
-    """Figures of a stage that say how it changed from round to round: shares of bands, of rejected tries."""
+    """What has changed in a stage from round to round: bands, means, and why tries were rejected."""
     for stage in {one.stage.name: None for one in plan.stages if one.round}:
         rounds = {
             one.round: manifest.stages[one.id].metrics for one in plan.of_stage(stage) if one.id in manifest.stages
         }
-        names = {name: None for found in rounds.values() for name in found if "/" in name}
+        names = {name: None for found in rounds.values() for name in found if name.startswith(BY_ROUND)}
         if len(rounds) < 2 or not names:
             continue
         table = _table(f"{stage}, by round", ["", *map(str, rounds)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def sizes(plan: Plan, gpu_gib: float | None = None) -> dict[str, Size]:
             if one.stage.run == "train" and gpu_gib:
                 size = _with_hours(size, one, plan, settings, gpu_gib, on_paper)
         else:
-            size = _other(settings, rows)
+            size = _other(one, settings, rows)
         found[one.id] = size
     return found
 
@@ -105,18 +106,22 @@ def _steps(args: Any, steps: float | None) -> int | None:
     return args.max_steps if args.max_steps > 0 else None if steps is None else round(steps)
 
 
-def _other(settings: Mapping[str, Any], rows: int | None) -> Size:
+def _other(one: Planned, settings: Mapping[str, Any], rows: int | None) -> Size:
     """A preparation leaves as many rows as it takes, or the number it is asked for; an evaluation plays its cells."""
     wanted = settings.get("size")
     made = wanted if isinstance(wanted, int) else rows
     if rows is None:
         return Size(None, made)
-    policies, models = settings.get("policies"), settings.get("model")
-    if policies or "policies" in settings:
-        cells = len(policies or [1]) * (len(models) if isinstance(models, list) else 1)
+    usual = one.kind.parser().get_default
+    if one.stage.run == "evaluate":
+        models = settings.get("model")
+        cells = len(settings.get("policies") or usual("policies")) * (len(models) if isinstance(models, list) else 1)
         return Size(rows, None, rows * cells)
-    tries = next((settings[name] for name in ("attempts", "samples", "rollouts") if name in settings), None)
-    return Size(rows, made, rows * tries if isinstance(tries, int) else None)
+    if one.stage.run == "prepare difficulty" and not settings.get("model"):
+        return Size(rows, made)  # its pass rates are there, or not wanted
+    tries = [settings.get(name) or usual(name) for name in ("attempts", "samples", "rollouts")]
+    tries = [number for number in tries if isinstance(number, int)]
+    return Size(rows, made, rows * math.prod(tries) if tries else None)
 
 
 def _with_hours(

@@ -230,6 +230,11 @@ def _own_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
+def _is_key(text: str) -> bool:
+    """Whether a setting looks like a key; a Hub name that begins like one (hf-internal-testing/...) does not."""
+    return without_keys(text) != text and ("/" not in text or "://" in text)
+
+
 def refuse_keys(settings: Any, where: str, name: str = "") -> None:
     """Raise ConfigError for a key or a token in a recipe: they belong into the environment, and never into a file."""
     if isinstance(settings, Mapping):
@@ -238,7 +243,7 @@ def refuse_keys(settings: Any, where: str, name: str = "") -> None:
     elif isinstance(settings, list):
         for value in settings:
             refuse_keys(value, where, name)
-    elif isinstance(settings, str) and settings and (names_secret(name) or without_keys(settings) != settings):
+    elif isinstance(settings, str) and settings and (names_secret(name) or _is_key(settings)):
         raise ConfigError(
             f"{where}: {name or 'a setting'} looks like a key or a token. Keys are read from the environment and have "
             f"no place in a recipe; remove it there."
