@@ -29,8 +29,8 @@ import torch
 from benchmarks.reporting import show, write
 from benchmarks.rollout_parts import Lengths, Plan, World, check, phrases
 from demos.reading.stages import provenance
-from vt_trl.run_notes import versions
 from vt_trl.tiny import build_tiny
+from vt_trl.versions import versions
 
 SYNCS = 5  # weight syncs that are timed, of each kind
 SIMULATED = 1000  # plans whose steps are counted on paper, to see whether those that were run are usual ones

@@ -19,8 +19,8 @@ from vt_trl.envs import make_environment
 from vt_trl.evaluation import Evaluation, play_rows
 from vt_trl.generation.base import SamplingSettings
 from vt_trl.inference import PolicyModel
-from vt_trl.recipe import read_yaml
 from vt_trl.types import RolloutStatus
+from vt_trl.yaml_file import read_yaml
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TRAIN_ROWS, RATIONALES = 1024, 512

@@ -95,7 +95,7 @@ def _prepared(out: Path) -> dict[str, Any]:
             total["rows"] + total["rows_without_trace"] if "rows_without_trace" in total else 0
         )
         if tried:
-            found["kept_share"] = total.get("row/kept", total["rows"]) / tried
+            found = {"kept_share": total.get("row/kept", total["rows"]) / tried, **found}  # the first to be shown
     if (out / "report.json").is_file():
         found |= {key: value for key, value in _flat(_read(out / "report.json")).items() if key not in found}
     return found

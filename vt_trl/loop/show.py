@@ -21,7 +21,15 @@ from vt_trl.loop.sizes import Size, sizes
 STYLES = {DONE: "green", FAILED: "red", RUNNING: "cyan"}
 WAITING, STALE = "waiting", "outdated"
 FIGURES = ("rows", "kept_share", "loss", "reward", "accuracy", "eval_accuracy", "steps")  # shown, where there are any
-BY_ROUND = ("bands/", "mean/", "drift/mean_shift/", "rejected/", "row/", "share/")  # and those, round by round
+BY_ROUND = (
+    "bands/",
+    "mean/",
+    "drift/mean_shift/",
+    "rejected/",
+    "row/",
+    "sample/",
+    "share/",
+)  # and those, round by round
 
 
 def show_plan(
