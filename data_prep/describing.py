@@ -59,6 +59,7 @@ class DescribingWriter:
         self.rule = ResolutionRule(max_pixels=max_pixels, min_pixels=min(56 * 56, max_pixels))
         self.show_question = show_question
         self.counts: Counter[str] = Counter()
+        self._counted: set[str] = set()  # descriptions whose cost is in the counts
 
     def fingerprint(self) -> dict[str, Any]:
         return {
@@ -75,12 +76,11 @@ class DescribingWriter:
             for rows in groups:
                 self._describe(rows)
             self.captioner.speaker.close()
+            self._counted.clear()  # they count with the units that use them
+            self.counts.clear()
 
     def write(self, rows: Sequence[dict[str, Any]], attempt: int, samples: int = 1) -> list[list[Rollout | str]]:
         described = self._describe(rows)
-        for one in described:
-            if isinstance(one, Said) and attempt == 0:
-                count_tokens(self.counts, self.captioner.name, one)
         asks, places = [], []
         for place, (row, said) in enumerate(zip(rows, described, strict=True)):
             if isinstance(said, Said):
@@ -106,6 +106,10 @@ class DescribingWriter:
                 wanted.append(error.reason)
         asks = {ask.key(""): ask for ask in wanted if isinstance(ask, Ask)}
         said = dict(zip(asks, self.captioner.speaker.say(list(asks.values())), strict=True))
+        for key, one in said.items():
+            if isinstance(one, Said) and key not in self._counted:
+                self._counted.add(key)
+                count_tokens(self.counts, self.captioner.name, one)
         return [said[one.key("")] if isinstance(one, Ask) else one for one in wanted]
 
     def _caption(self, row: Mapping[str, Any]) -> tuple[Message, ...]:

@@ -91,9 +91,10 @@ def run(options: argparse.Namespace) -> None:
         complete = open_manifest(options.out, made_of)["complete"]
         rows, counts = ([], Counter()) if complete else measure(options, dataset, rates, rater)
     finally:
-        for one in (rates, rater and rater.speaker):
-            if one:
-                one.close()
+        if rates:
+            rates.close()
+        if rater:
+            rater.speaker.close()
     if complete:
         return print(f"{options.out} is complete; nothing was done.")
     ruler = make_ruler(rows, by, options.seed)

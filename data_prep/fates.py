@@ -36,6 +36,11 @@ def report_of(counts: Mapping[str, int], kind: str | None = None) -> dict[str, A
     }
 
 
+def shares_kept(report: Mapping[str, Any]) -> dict[str, float]:
+    """The share of each source that was kept."""
+    return {source: fates.get("kept", 0) / sum(fates.values()) for source, fates in report["sources"].items()}
+
+
 def show_fates(report: Mapping[str, Any], what: str = "rows", stderr: bool = False) -> None:
     """A table with a row per source and a column per reason."""
     from rich.console import Console
@@ -43,10 +48,12 @@ def show_fates(report: Mapping[str, Any], what: str = "rows", stderr: bool = Fal
     from rich.table import Table
 
     table = Table(title=f"{report['kept']} of {report['all']} {what} kept")
-    reasons = list(report["dropped"])
-    for name in ("source", "kept", *reasons):
+    reasons, shares = list(report["dropped"]), shares_kept(report)
+    for name in ("source", "share", "kept", *reasons):
         table.add_column(escape(name), justify="left" if name == "source" else "right")
     for source, counts in report["sources"].items():
-        table.add_row(escape(source), *(str(counts.get(fate, 0)) for fate in ("kept", *reasons)))
-    table.add_row("all", str(report["kept"]), *(str(report["dropped"][fate]) for fate in reasons), style="bold")
+        fates = (str(counts.get(fate, 0)) for fate in ("kept", *reasons))
+        table.add_row(escape(source), f"{shares[source]:.0%}", *fates)
+    fates = (str(one) for one in (report["kept"], *report["dropped"].values()))
+    table.add_row("all", f"{report['kept'] / max(report['all'], 1):.0%}", *fates, style="bold")
     Console(stderr=stderr).print(table)

@@ -49,11 +49,17 @@ PHRASES = (
 )
 _TAGS = re.compile(r"</?(?:think|answer|tool_call)>")
 _ANSWER_LINE = re.compile(
-    r"^[ \t>*#_]{0,8}(?:the |so the |so, the |therefore,? the )?(?:final |correct )?answer(?: is)?[ \t*_]{0,4}[:=]?"
-    r"[ \t*_]{0,4}(?P<answer>\S[^\n]{0,300})$",
+    r"^[ \t>*#_]{0,8}(?:(?:so|thus|hence|therefore)[, ]{1,2})?(?:the )?(?:final |correct )?answer"
+    r"(?:[ \t*_]{0,4}[:=]| is\b[ \t]{0,2}:?)[ \t*_]{0,4}(?P<answer>\S[^\n]{0,300})$",
     re.I | re.M,
 )
+_STOP = re.compile(r"(?:[^.]|\.(?=\d)){1,300}\.")  # a text whose only point is the one at its end
 _LEAD = r"(?:(?:but|oh|and|so|ok|okay|no|well|hmm+)[,.!\s]{1,3}){0,3}"
+_COUNTS = re.compile(
+    r"\b(?:steps?|parts?|cases?|fig(?:ure)?s?|lines?|eq(?:uation)?s?|questions?|points?|rows?|columns?|pages?|images?"
+    r"|pictures?|no|numbers?)\.?[ #(]{0,3}$",
+    re.I,
+)
 _NEAR = 2  # sentences before a cut point that may state the answer
 _KNOWN_GRAM, _KNOWN_SHARE = 3, 0.6  # words per n-gram; from which share of known ones on nothing new is said
 _SEVERAL = 300  # characters of an answer that is looked for in sentences
@@ -74,7 +80,10 @@ def answer_in(text: str) -> str | None:
         if content is not None and content.strip():
             return f"\\boxed{{{content.strip()}}}"
     lines = list(_ANSWER_LINE.finditer(said))
-    return lines[-1]["answer"].strip(" *_") or None if lines else None
+    if not lines:
+        return None
+    answer = lines[-1]["answer"].strip(" *_")
+    return (answer[:-1] if _STOP.fullmatch(answer) else answer) or None
 
 
 def read_reply(text: str) -> tuple[str, str] | None:
@@ -139,7 +148,14 @@ def _needle(answer: str | None) -> re.Pattern[str] | None:
 
 
 def _states(sentence: str, wanted: re.Pattern[str] | None) -> bool:
-    return wanted is not None and bool(wanted.search(sentence) or wanted.search(fold(sentence)))
+    """Whether a sentence states the answer; "Step 1", "Figure 1" and a bare "1." of a list do not."""
+    if wanted is None:
+        return False
+    return any(
+        not _COUNTS.search(text[: found.start()]) and text.strip(" \n*#()[].:") != found[0]
+        for text in (sentence, fold(sentence))
+        for found in wanted.finditer(text)
+    )
 
 
 def _said_before(part: Sequence[str], kept: Iterable[Sequence[str]]) -> bool:
@@ -156,7 +172,7 @@ def _grams(tokens: Sequence[str]) -> set[tuple[str, ...]]:
 class Cleaned:
     """A trace's reasoning after hygiene: one text per reply; ``reason`` says why it is no trace, None where it is.
 
-    ``words``: of the reasoning as it is now; ``removed``: words that were cut.
+    ``words``: of the reasoning after the cut; ``removed``: by it.
     """
 
     texts: list[str]
@@ -228,12 +244,11 @@ class Hygiene:
         if self.cut:
             given = [None] * (len(texts) - 1) + [answer]
             cleaned = [cut_reflection(text, one, self.phrases) for text, one in zip(texts, given, strict=True)]
+        count = sum(len(words(text)) for text in cleaned)
         if self.as_seen and not mentions_description(question):
             cleaned = [seen(text) for text in cleaned]
-        whole = "\n".join(cleaned)
-        count = len(words(whole))
-        reason = self._reason(whole, count, question, answers)
-        return Cleaned(cleaned, reason, count, max(0, before - count))
+        reason = self._reason("\n".join(cleaned), count, question, answers)
+        return Cleaned(cleaned, reason, count, before - count)
 
     def _reason(self, whole: str, count: int, question: str, answers: Sequence[str]) -> str | None:
         if count < self.min_words:

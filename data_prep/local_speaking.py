@@ -10,6 +10,7 @@ from data_prep.work import model_print
 from vt_trl.envs import Environment
 from vt_trl.errors import ConfigError, DataError
 from vt_trl.generation.base import SamplingSettings
+from vt_trl.generation.standalone import close_engine
 from vt_trl.rollout import turn_seed
 from vt_trl.types import Done, Observation, RolloutStatus
 
@@ -64,7 +65,10 @@ class LocalSpeaker:
         self.temperature, self.max_tokens, self.seed, self.max_pixels = temperature, max_tokens, seed, max_pixels
         self.text_only = text_checkpoint(self.checkpoint)
         if self.text_only and max_pixels is not None:
-            raise ConfigError(f"{model!r} is a model of texts alone and cannot see a picture; name one that can.")
+            raise ConfigError(
+                f"{model!r} is no vision-language model of a family that is known here, so it cannot see a picture. "
+                f"Name a Qwen2.5-VL or Qwen3-VL, or serve it and use an endpoint."
+            )
         self._open: Any = None
 
     def fingerprint(self) -> dict[str, Any]:
@@ -78,6 +82,9 @@ class LocalSpeaker:
             "chat_template": self.template,
         }
 
+    def identity(self) -> dict[str, Any]:
+        return self.fingerprint()
+
     def say(self, asks: Sequence[Ask]) -> list[Said | str]:
         self._open = self._open or self._load()
         settings = SamplingSettings(temperature=self.temperature, seed=self.seed)
@@ -85,12 +92,8 @@ class LocalSpeaker:
 
     def close(self) -> None:
         """Give the weights up, so that the next model has room; vLLM's process ends."""
-        engine = getattr(getattr(self._open, "backend", None), "engine", None)
-        if self.text_only and self._open is not None:
-            self._open.close()
-        elif engine is not None:
-            engine.close()
-        self._open = None
+        model, self._open = self._open, None
+        close_engine(getattr(model, "backend", None))
 
     def _load(self) -> Any:
         from vt_trl.generation.standalone import open_runner

@@ -121,6 +121,7 @@ class Sampled:
             "judge": judge.fingerprint(),
         }
         self._work: Work | None = None
+        self._open = True
 
     def of(self, numbers: Sequence[int]) -> list[Rate]:
         if self._work is None:
@@ -153,8 +154,10 @@ class Sampled:
         return [found[number] for number in numbers]
 
     def close(self) -> None:
-        self.reward.close()
-        self.writer.close()
+        if self._open:
+            self._open = False
+            self.reward.close()
+            self.writer.close()
 
 
 def measure(
@@ -162,15 +165,20 @@ def measure(
 ) -> tuple[list[Measured], Counter[str]]:
     """What is known of each row, in order, and what the models have cost."""
     counts: Counter[str] = Counter()
-    size, measured = options.unit_rows, []
+    size = options.unit_rows
     shards = [range(at, min(at + size, len(dataset))) for at in range(0, len(dataset), size)]
-    for numbers in track(shards, "rows measured", disable=len(shards) < 2):
-        passed: Sequence[Rate] = rates.of(numbers) if rates else [(None, "")] * len(numbers)
-        rated: Sequence[Rate] = (
-            _rated(options, dataset, rater, numbers, counts) if rater else [(None, "")] * len(numbers)
-        )
-        for (share, why), (rating, other) in zip(passed, rated, strict=True):
-            measured.append(Measured(share, rating, why or other))
+    known: list[list[Rate]] = []
+    if rates:
+        known.append([one for part in track(shards, "rows answered") for one in rates.of(part)])
+        rates.close()  # two local models are never in memory together
+    if rater:
+        rated = (_rated(options, dataset, rater, part, counts) for part in track(shards, "rows rated"))
+        known.append([one for part in rated for one in part])
+    measured = []
+    for number in range(len(dataset)):
+        values = [part[number] for part in known]
+        share, rating = values[0][0] if rates else None, values[-1][0] if rater else None
+        measured.append(Measured(share, rating, next((why for _, why in values if why), "")))
     return measured, counts
 
 

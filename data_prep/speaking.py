@@ -27,7 +27,6 @@ from vt_trl.types import Message
 
 _PIXELS_PER_TOKEN = 750  # what a picture is taken to cost, for limits of tokens per minute
 _CHARACTERS_PER_TOKEN = 3
-KINDS = ("openai", "local")
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,9 @@ class Speaker(Protocol):
 
     def fingerprint(self) -> dict[str, Any]:
         """What its replies depend on (JSON values), without a key or an address, which a restart may change."""
+
+    def identity(self) -> dict[str, Any]:
+        """The same and who is behind it: what a kept reply is known by (JSON values)."""
 
     def close(self) -> None:
         """Give back connections and memory; it may be asked again afterwards."""
@@ -115,6 +117,9 @@ class EndpointSpeaker:
             "request_args": self.request_args,
         } | ({} if self.seed is None else {"seed": self.seed})
 
+    def identity(self) -> dict[str, Any]:
+        return self.fingerprint() | {"endpoint": self.endpoint.digest}
+
     def say(self, asks: Sequence[Ask]) -> list[Said | str]:
         async def one(ask: Ask) -> Said | str:
             try:
@@ -129,6 +134,7 @@ class EndpointSpeaker:
 
     def wait_for(self, work: Any) -> Any:
         """The result of a coroutine, run in this speaker's own loop."""
+        self.endpoint.open()  # again, where it was closed
         self._loop = self._loop or BackgroundLoop(f"vt_trl {self.model}")
         return self._loop.submit(work).result()
 
@@ -171,7 +177,7 @@ class Remembering:
     def __init__(self, inner: Speaker):
         self.inner, self.from_disk = inner, 0
         self._cache = JsonCache(default_folder("replies"), "reply")
-        self._known = json.dumps(inner.fingerprint(), sort_keys=True)
+        self._known = json.dumps(inner.identity(), sort_keys=True)
 
     def fingerprint(self) -> dict[str, Any]:
         return self.inner.fingerprint()

@@ -86,6 +86,7 @@ def run_traces(
             "environment": options.environment,
             "environment_args": json_option(options.environment_args, "--environment-args"),
             "judge": judge.fingerprint(),
+            "seed": options.seed,
             "attempts": options.attempts,
             "samples": options.samples,
             "keep": options.keep,
@@ -154,11 +155,18 @@ def report(options: argparse.Namespace, counts: Counter[str], spent: Mapping[str
     """Write ``report.json`` and show its tables: what became of rows and tries by source, and what it cost."""
     from rich.console import Console
 
-    from data_prep.fates import report_of, show_fates
+    from data_prep.fates import report_of, shares_kept, show_fates
     from data_prep.tracing import hygiene_report
 
     rows, samples = report_of(counts, "row"), report_of(counts, "sample")
-    found = {"rows": rows, "samples": samples, "hygiene": hygiene_report(counts, counts["rows"]), "spent": spent}
+    shares = {"rows": shares_kept(rows), "samples": shares_kept(samples)}
+    found = {
+        "rows": rows,
+        "samples": samples,
+        "share_kept": shares,
+        "hygiene": hygiene_report(counts, counts["rows"]),
+        "spent": spent,
+    }
     write_whole(options.out / "report.json", json.dumps(found, indent=2) + "\n")
     show_fates(rows, "rows", stderr=True)
     show_fates(samples, "tries", stderr=True)

@@ -10,6 +10,7 @@ and malformed tries are rejected, counted by reason, and kept in ``rejected.json
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +125,7 @@ def make_writer(options: argparse.Namespace, plain: Any, steered: bool) -> Write
     about |= {"max_turn_tokens": options.max_turn_tokens, "seed": options.seed}
     about |= {"backend": "vllm" if checkpoint.uses_vllm else "transformers", "dtype": checkpoint.torch_dtype}
     settings = SamplingSettings(temperature=options.temperature, seed=options.seed)
-    return LocalWriter(open_runner(checkpoint, environment, limits), settings, about)
+    return LocalWriter(partial(open_runner, checkpoint, environment, limits), settings, about)
 
 
 def make_filters(options: argparse.Namespace) -> RationaleFilters | None:

@@ -17,6 +17,7 @@ from vt_trl.dialogue import Dialogue, refuse_inline
 from vt_trl.envs import Environment
 from vt_trl.errors import DataError
 from vt_trl.generation.base import SamplingSettings
+from vt_trl.generation.standalone import close_engine
 from vt_trl.judges.pacing import GiveUp, TryAgain
 from vt_trl.rollout import RolloutRunner
 from vt_trl.types import Done, Observation, Rollout, TextPart
@@ -111,17 +112,19 @@ class EndpointWriter:
 
 
 class LocalWriter:
-    """A checkpoint on this machine, through the rollout loop of training."""
+    """A checkpoint on this machine, through the rollout loop of training; ``load`` is called at the first row."""
 
-    def __init__(self, runner: RolloutRunner, settings: SamplingSettings, about: Mapping[str, Any]):
-        self.runner, self.settings, self.about = runner, settings, dict(about)
+    def __init__(self, load: Callable[[], RolloutRunner], settings: SamplingSettings, about: Mapping[str, Any]):
+        self.load, self.settings, self.about = load, settings, dict(about)
         self.counts: Counter[str] = Counter()
+        self._runner: RolloutRunner | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         return self.about
 
     def write(self, rows: Sequence[dict[str, Any]], attempt: int, samples: int = 1) -> list[list[Rollout | str]]:
-        self.runner.encoder.features.clear()
+        self._runner = self._runner or self.load()
+        self._runner.encoder.features.clear()
         refused: dict[int, str] = {}
         seed = None if self.settings.seed is None else self.settings.seed + attempt
         numbered = [{**row, "place": place} for place, row in enumerate(rows)]
@@ -130,7 +133,7 @@ class LocalWriter:
             refused[row["place"]] = error.reason
 
         # The members of a group have streams of their own, so that samples differ.
-        found = iter(self.runner.run(numbered, samples, replace(self.settings, seed=seed), on_refused=refuse))
+        found = iter(self._runner.run(numbered, samples, replace(self.settings, seed=seed), on_refused=refuse))
         groups: list[list[Rollout | str]] = []
         for place in range(len(rows)):
             refusal = refused.get(place)
@@ -141,7 +144,9 @@ class LocalWriter:
         return groups
 
     def close(self) -> None:
-        """The process ends soon."""
+        """Give the weights up, so that the next model has room; vLLM's process ends."""
+        runner, self._runner = self._runner, None
+        close_engine(getattr(runner, "backend", None))
 
 
 def grouped(tries: Sequence[Rollout | str], samples: int) -> list[list[Rollout | str]]:

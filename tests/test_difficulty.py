@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from data_prep.rating import RUBRIC, read_rating
 from data_prep.tracing import WriterOutage
 from vt_trl.data import load_rows
 from vt_trl.errors import ConfigError, DataError
+from vt_trl.evaluation.rows import Evaluation, RowResult
+from vt_trl.evaluation.shards import Cell, shard_path, write_shard
 
 
 def measured(*pairs: tuple[float | None, float | None]) -> list[Measured]:
@@ -148,14 +151,15 @@ def script_of(rates=RATES, ratings=RATINGS, down=()):
     return script
 
 
-def run(rows: Path, out: Path, script, *more: str, model: bool = True, rater: bool = True):
-    with JudgeServer(script) as server:
+def run(rows: Path, out: Path, script, *more: str, model: bool = True, rater: bool = True, server=None):
+    with nullcontext(server) if server else JudgeServer() as server:
+        server.script, before = script, len(server.requests)
         args = json.dumps({"base_url": server.base_url, "max_attempts": 1})
         words = ["--dataset", rows, "--out", out, "--samples", 4, *more]
         words += ["--model", "now", "--endpoint-args", args] if model else []
         words += ["--rater-model", "judge", "--rater-args", args] if rater else []
         difficulty.run(difficulty.parser().parse_args([str(word) for word in words]))
-        return server.requests
+        return server.requests[before:]
 
 
 def test_rows_get_their_bands_and_what_is_undecided_is_counted_and_no_zero(tmp_path):
@@ -220,15 +224,16 @@ def test_one_measure_will_do(tmp_path):
 
 def test_work_that_is_done_is_not_done_again_and_an_outage_stops_the_run(tmp_path):
     rows, out = write_rows(tmp_path / "rows", *[None] * 6), tmp_path / "out"
-    with pytest.raises(WriterOutage, match="requests to the rater failed"):
-        run(rows, out, script_of(down=(4, 5, 6)), "--unit-rows", "3")
-    with pytest.raises(DataError):
-        load_rows(out)
-    requests = run(rows, out, script_of(), "--unit-rows", "3")
-    assert sorted(number_of(one.case["question"]) for one in requests) == [4, 5, 6]
-    assert run(rows, out, script_of(), "--unit-rows", "3") == []
-    with pytest.raises(ConfigError, match="another run"):
-        run(rows, out, script_of(), "--unit-rows", "3", "--temperature", "0.5")
+    with JudgeServer() as server:
+        with pytest.raises(WriterOutage, match="requests to the rater failed"):
+            run(rows, out, script_of(down=(4, 5, 6)), "--unit-rows", "3", server=server)
+        with pytest.raises(DataError):
+            load_rows(out)
+        requests = run(rows, out, script_of(), "--unit-rows", "3", server=server)
+        assert sorted(number_of(one.case["question"]) for one in requests) == [4, 5, 6]
+        assert run(rows, out, script_of(), "--unit-rows", "3", server=server) == []
+        with pytest.raises(ConfigError, match="another run"):
+            run(rows, out, script_of(), "--unit-rows", "3", "--temperature", "0.5", server=server)
 
 
 @pytest.mark.parametrize(
@@ -248,3 +253,23 @@ def test_settings_that_cannot_work(tmp_path, more, words):
     assert isinstance(options, argparse.Namespace)
     with pytest.raises(ConfigError, match=words):
         difficulty.run(options)
+
+
+def test_an_evaluation_gives_pass_rates_by_id(tmp_path):
+    """One answer per row: right, wrong, no verdict, and a row that was not evaluated."""
+    rows = write_rows(tmp_path / "rows", *[None] * 4)
+    verdicts = {"r1": True, "r2": False, "r3": None}
+    results = [RowResult(id, "signs", "answered", "digest", correct) for id, correct in verdicts.items()]
+    for policy in ("single", "always-low"):
+        cell = Cell("now", "rows", policy)
+        done = Evaluation(results, [None] * 3, 1.0)
+        path = shard_path(tmp_path / "evaluation", cell, 0)
+        write_shard(path, cell, {}, ["d"] * 3, done, "now")
+    more = ["--evaluation", str(tmp_path / "evaluation")]
+    with pytest.raises(ConfigError, match="now,rows,always-low; now,rows,single"):
+        run(rows, tmp_path / "x", None, *more, model=False, rater=False)
+    run(rows, tmp_path / "out", None, *more, "--cell", "now,rows,single", model=False, rater=False)
+    found = load_rows(tmp_path / "out")
+    assert found["pass_rate"] == [1.0, 0.0, None, None] and found["band"] == ["easy", "hard", None, None]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["undecided"] == {"no pass rate": 2}

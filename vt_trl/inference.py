@@ -18,7 +18,7 @@ from vt_trl.envs import Environment
 from vt_trl.errors import ConfigError
 from vt_trl.generation.backends import largest_image_tokens
 from vt_trl.generation.base import Backend, SamplingSettings
-from vt_trl.generation.standalone import Checkpoint, open_backend, open_parts
+from vt_trl.generation.standalone import Checkpoint, close_engine, open_backend, open_parts
 from vt_trl.images import ResolutionRule
 from vt_trl.policies import Policy, trained_settings
 from vt_trl.rollout import Limits, RolloutRunner
@@ -111,9 +111,7 @@ class PolicyModel:
 
     def close(self) -> None:
         """Give the weights up before another model is loaded; with vLLM its process ends."""
-        engine = getattr(self.__dict__.pop("backend", None), "engine", None)
-        if engine is not None:
-            engine.close()
+        close_engine(self.__dict__.pop("backend", None))
 
     def settings_for(self, policy: Policy, args: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Settings of a policy's environment: as in training, where the notes say so, and ``args`` over them."""

@@ -205,3 +205,10 @@ def stop_ids_of(tokenizer: Any, generation_config: Any) -> set[int]:
     """The tokens that end a turn: those of the checkpoint's generation settings, and the tokenizer's own."""
     stop = generation_config.eos_token_id
     return {tokenizer.eos_token_id, *(stop if isinstance(stop, Iterable) else [stop])} - {None}
+
+
+def close_engine(backend: Backend | None) -> None:
+    """End vLLM's process, where there is one, and have its memory back."""
+    engine = getattr(backend, "engine", None)
+    if engine is not None:
+        engine.close()

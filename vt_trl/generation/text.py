@@ -98,12 +98,6 @@ class TextModel:
         before, after = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (head, tail))
         return [*before, *middle, *after]
 
-    def close(self) -> None:
-        """Give the weights back; with vLLM its process ends."""
-        engine = getattr(self.__dict__.pop("backend", None), "engine", None)
-        if engine is not None:
-            engine.close()
-
 
 def _open_backend(
     checkpoint: Checkpoint, tokenizer: Any, stop_ids: list[int], banned_ids: list[int], context: int
