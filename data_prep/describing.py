@@ -97,20 +97,22 @@ class DescribingWriter:
         self.reasoner.speaker.close()
 
     def _describe(self, rows: Sequence[dict[str, Any]]) -> list[Said | str]:
-        """A description per row: at most one per picture, where the question is not part of it."""
+        """A description per row, or why there is none; without questions equal pictures are described once."""
         wanted: list[Ask | str] = []
         for row in rows:
             try:
                 wanted.append(Ask("", self._caption(row)))
             except DataError as error:
                 wanted.append(error.reason)
-        asks = {ask.key(""): ask for ask in wanted if isinstance(ask, Ask)}
-        said = dict(zip(asks, self.captioner.speaker.say(list(asks.values())), strict=True))
-        for key, one in said.items():
-            if isinstance(one, Said) and key not in self._counted:
+        asks = [one for one in wanted if isinstance(one, Ask)]
+        replies = self.captioner.speaker.say(asks)
+        for ask, said in zip(asks, replies, strict=True):
+            key = ask.key("")
+            if isinstance(said, Said) and key not in self._counted:
                 self._counted.add(key)
-                count_tokens(self.counts, self.captioner.name, one)
-        return [said[one.key("")] if isinstance(one, Ask) else one for one in wanted]
+                count_tokens(self.counts, self.captioner.name, said)
+        described = iter(replies)
+        return [next(described) if isinstance(one, Ask) else one for one in wanted]
 
     def _caption(self, row: Mapping[str, Any]) -> tuple[Message, ...]:
         pictures = [self.rule.views(image).full for image in pictures_of(row)]

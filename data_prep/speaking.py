@@ -185,15 +185,15 @@ class Remembering:
     def say(self, asks: Sequence[Ask]) -> list[Said | str]:
         self._cache.open()
         keys = [ask.key(self._known) for ask in asks]
-        found: list[Said | str | None] = [self._read(key) for key in keys]
-        missing = [place for place, one in enumerate(found) if one is None]
-        self.from_disk += len(asks) - len(missing)
+        found: dict[str, Said | str | None] = {key: self._read(key) for key in keys}
+        missing = {key: ask for key, ask in zip(keys, asks, strict=True) if found[key] is None}
+        self.from_disk += len(found) - len(missing)
         if missing:
-            for place, said in zip(missing, self.inner.say([asks[place] for place in missing]), strict=True):
-                found[place] = said
+            for key, said in zip(missing, self.inner.say(list(missing.values())), strict=True):
+                found[key] = said
                 if isinstance(said, Said):
-                    self._cache.set(keys[place], asdict(said))
-        return found
+                    self._cache.set(key, asdict(said))
+        return [found[key] for key in keys]
 
     def _read(self, key: str) -> Said | None:
         stored = self._cache.get(key)

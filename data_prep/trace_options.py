@@ -15,6 +15,7 @@ from vt_trl.errors import ConfigError, DataError
 from vt_trl.whole import write_whole
 
 if TYPE_CHECKING:
+    from data_prep.hygiene import Hygiene
     from data_prep.rationales import RationaleFilters
     from data_prep.writers import Writer
     from vt_trl.envs import Environment
@@ -57,60 +58,29 @@ def run_traces(
     ``spent``: from a run's counts to what each model has cost; ``usual``: rules of hygiene that are usual here.
     Raises ConfigError, DataError, JudgeOutage.
     """
-    from data_prep.hygiene import Hygiene
     from data_prep.tracing import REJECTED, Tracing
     from data_prep.units import run_units, totals
     from vt_trl.data import load_rows
     from vt_trl.judges import make_judge, make_judge_reward
     from vt_trl.judges.cache import default_folder
 
-    for name in ("attempts", "samples", "unit_rows"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it counts from 1.")
-    rules = None
-    if options.hygiene is not None:
-        rules = Hygiene.of(json_option(options.hygiene, "--hygiene"), **(usual or {}))
+    rules = rules_of(options, usual or {})
     judge = make_judge(options.judge, json_option(options.judge_args, "--judge-args"))
     dataset = load_rows(options.dataset, options.split, options.max_rows)
+    made_of = {"step": step, "rows": rows_print(dataset), "judge": judge.fingerprint(), "steer": steered}
+    made_of |= {"hygiene": rules and rules.as_dict(), **(filters.fingerprint() if filters else {})}
+    made_of |= {name: getattr(options, name) for name in ("environment", "seed", "attempts", "samples", "keep")}
+    made_of |= {"environment_args": json_option(options.environment_args, "--environment-args")}
+    made_of |= {"unit_rows": options.unit_rows}
+    most = 1.0 if options.judge == "rule" else options.max_failed
+    units = [range(at, min(at + options.unit_rows, len(dataset))) for at in range(0, len(dataset), options.unit_rows)]
     writer = make_writer()
-    reward = make_judge_reward(
-        judge, cache_dir=default_folder(), max_failed=1.0 if options.judge == "rule" else options.max_failed
-    )
+    reward = make_judge_reward(judge, cache_dir=default_folder(), max_failed=most)
     try:
         reward.open()
-        made_of = {
-            "step": step,
-            "rows": rows_print(dataset),
-            **writer.fingerprint(),
-            **(filters.fingerprint() if filters else {}),
-            "environment": options.environment,
-            "environment_args": json_option(options.environment_args, "--environment-args"),
-            "judge": judge.fingerprint(),
-            "seed": options.seed,
-            "attempts": options.attempts,
-            "samples": options.samples,
-            "keep": options.keep,
-            "hygiene": rules and rules.as_dict(),
-            "steer": steered,
-            "unit_rows": options.unit_rows,
-        }
-        work = Tracing(
-            dataset,
-            writer,
-            reward,
-            environment,
-            written_by,
-            options.attempts,
-            options.samples,
-            options.keep,
-            options.max_failed,
-            steered,
-            filters,
-            rules,
-        )
-        numbers = range(len(dataset))
-        units = [numbers[at : at + options.unit_rows] for at in range(0, len(dataset), options.unit_rows)]
-        features = trace_features(environment())
+        work = Tracing(dataset, writer, reward, environment, written_by)
+        work.attempts, work.samples, work.keep = options.attempts, options.samples, options.keep
+        work.max_failed, work.steered, work.filters, work.hygiene = options.max_failed, steered, filters, rules
 
         def plan(folder: Any) -> list[range]:
             if hasattr(writer, "before"):
@@ -118,13 +88,29 @@ def run_traces(
             return units
 
         manifest = run_units(
-            options.out, plan, work, made_of=made_of, features=features, title="rows tried", keep=(REJECTED,)
+            options.out,
+            plan,
+            work,
+            made_of=made_of | writer.fingerprint(),
+            features=trace_features(environment()),
+            title="rows tried",
+            keep=(REJECTED,),
         )
     finally:
         reward.close()
         writer.close()
     counts = totals(manifest)
     report(options, counts, spent(counts))
+
+
+def rules_of(options: argparse.Namespace, usual: Mapping[str, Any]) -> Hygiene | None:
+    """The rules for traces, None without; and every count is looked at. Raises ConfigError."""
+    from data_prep.hygiene import Hygiene
+
+    for name in ("attempts", "samples", "unit_rows"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it counts from 1.")
+    return None if options.hygiene is None else Hygiene.of(json_option(options.hygiene, "--hygiene"), **usual)
 
 
 def playable(dataset: Any, numbers: Sequence[int]) -> list[dict[str, Any]]:
