@@ -15,7 +15,7 @@ from data_prep.rating import rate
 from data_prep.shards import WORK
 from data_prep.speaking import Role, Said, count_tokens
 from data_prep.tracing import check_outage
-from data_prep.work import Work
+from data_prep.work import Work, digest
 from vt_trl.commands.options import json_option
 from vt_trl.data import episode_row
 from vt_trl.errors import ConfigError, DataError
@@ -55,8 +55,8 @@ class FromColumn:
         name, of = rate_column(text)
         if name not in dataset.column_names:
             raise ConfigError(f"--pass-rate: there is no column {name!r}, only {sorted(dataset.column_names)}.")
-        self.name, self.divisor, self.values = name, of, dataset[name]
-        self.fingerprint = {"column": text, "values": Counter(map(str, self.values)).most_common(20)}
+        self.name, self.divisor, self.values = name, of, list(dataset[name])
+        self.fingerprint = {"column": text, "values": digest([str(one) for one in self.values])}
 
     def of(self, numbers: Sequence[int]) -> list[Rate]:
         found = [(rate_of(self.values[number], self.divisor), self.values[number]) for number in numbers]
@@ -81,11 +81,11 @@ class FromEvaluation:
                 f"--evaluation {options.evaluation} holds {len(cells)} cells; name one: --cell with one of "
                 f"{'; '.join(sorted(cells))}."
             )
-        self.ids, self.correct = dataset["id"], {one.id: one.correct for one in cells[name]}
+        self.ids, self.correct = list(dataset["id"]), {one.id: one.correct for one in cells[name]}
         known = sum(id in self.correct for id in self.ids)
         if not known:
             raise DataError(f"--evaluation {options.evaluation} has no result of these rows; their ids differ")
-        self.fingerprint = {"cell": name, "right": sum(one is True for one in self.correct.values()), "rows": known}
+        self.fingerprint = {"cell": name, "correct": digest(self.correct)}
 
     def of(self, numbers: Sequence[int]) -> list[Rate]:
         found = [self.correct.get(self.ids[number]) for number in numbers]

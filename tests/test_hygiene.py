@@ -133,7 +133,6 @@ def test_a_cut_keeps_sentences_in_their_order_and_is_done_once(text, gold):
     assert all(one.strip() in left for one in sentences(cut) if one.strip())
     assert len(words(cut)) <= len(words(text))
     assert cut_reflection(text, gold, ()) == text.strip()
-    assert sentences(text)[:1] == [] or cut.startswith(sentences(text)[0].strip()[:5].strip()) or not cut
 
 
 @given(st.text(max_size=300))
