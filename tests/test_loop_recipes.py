@@ -98,7 +98,7 @@ def check_smoke(folder):
     assert {one.status for one in manifest.stages.values()} == {"done"}
     write = manifest.stages["r1.write"].metrics
     assert 0 < write["kept_share"] <= 1 and write["rows"] == len(load_rows(folder / "stages" / "r1.write"))
-    assert set(manifest.stages["r2.sft"].inputs["files"]) == {"<start>/model", "<r1.write>"}
+    assert set(manifest.stages["r2.sft"].inputs["files"]) == {"<start/model>", "<r1.write>"}
     assert manifest.stages["r1.sft"].metrics["loss"] < 0.5 * manifest.stages["r1.sft"].metrics["loss/first"]
     assert manifest.best["out"] == f"stages/r{manifest.best['round']}.hard" and manifest.best["value"] > 0.5
     return manifest
