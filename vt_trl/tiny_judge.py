@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from vt_trl.judges.base import Case
 from vt_trl.judges.local import LocalJudge
 from vt_trl.judges.prompt import RUBRIC, YES_NO_REPLY
+from vt_trl.muon import Muon
 from vt_trl.tiny import HEAD
 from vt_trl.tiny_cases import Cases, is_right
 
@@ -227,7 +228,7 @@ def _fit(
     matrices = [w for name, w in model.named_parameters() if w.ndim == 2 and "embed" not in name]
     others = [w for name, w in model.named_parameters() if w.ndim != 2 or "embed" in name]
     optimizers = [
-        _Muon(matrices, {"lr": size.matrix_rate}),
+        Muon(matrices, {"lr": size.matrix_rate}),
         torch.optim.AdamW(others, lr=size.other_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     model.train()
@@ -248,28 +249,6 @@ def _fit(
             optimizer.step()
             optimizer.zero_grad()
         progress(step + 1, loss.item())
-
-
-class _Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) in float32: steps along the orthogonalised momentum of each matrix.
-
-    torch's own computes in bfloat16, which processors without it emulate at a tenth of the speed.
-    """
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                state = self.state[weight]
-                momentum = state.setdefault("momentum", torch.zeros_like(weight)).lerp_(weight.grad, 0.05)
-                update = weight.grad.lerp(momentum, 0.95)
-                wide = update if update.shape[0] <= update.shape[1] else update.T
-                wide = wide / (wide.norm() + 1e-7)
-                for _ in range(5):  # Newton-Schulz, with the coefficients of the original
-                    square = wide @ wide.T
-                    wide = 3.4445 * wide + (-4.775 * square + 2.0315 * square @ square) @ wide
-                update = wide if update.shape[0] <= update.shape[1] else wide.T
-                weight.add_(update, alpha=-group["lr"] * max(1, weight.shape[0] / weight.shape[1]) ** 0.5)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,0 +1,1 @@
+"""Adding up digits in a picture: the smallest task in which writing steps down pays."""

@@ -1,0 +1,133 @@
+"""The base model of the demo: a tiny Qwen2.5-VL that reads digits and answers at once, mostly wrongly.
+
+It stands in for an instruction-tuned checkpoint. Demonstrations, by share:
+
+- ``caption``: asked to read, it writes the digits down;
+- ``direct``:  asked for the sum, it answers at once (the right answer, which it cannot learn from four digits on);
+- ``short``:   the sum of two digits, with the one step written down;
+- ``steps``:   the sum of three digits and more with every step, rarely.
+
+Token ids come from the same encoder as rollouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from demos.loop.task import QUESTION, make_rows, running_sums
+from vt_trl.chat import ChatEncoder
+from vt_trl.dialogue import Demonstration, collate
+from vt_trl.envs import DirectEnv
+from vt_trl.families import family_of
+from vt_trl.features import ImageFeatures
+from vt_trl.muon import Muon
+from vt_trl.tiny import build_tiny
+
+CAPTION = "Which digits?"
+AT_ONCE = "<think>plain</think><answer>"
+LENGTHS = {"glyph": (1,), "caption": (2, 3, 4, 5), "direct": (2, 3, 4, 5), "short": (2,), "steps": (3, 4, 5)}
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Size of the model and of its training. ``rows`` is the pool of pictures, seen several times."""
+
+    hidden_size: int = 64
+    layers: int = 2
+    vision_layers: int = 2
+    steps: int = 400
+    glyph_steps: int = 100  # before them: single digits only, or attention has nothing to find
+    batch: int = 64
+    rows: int = 4000
+    matrix_rate: float = 0.02  # of Muon; the rest is Adam's
+    other_rate: float = 2e-3
+    shares: Mapping[str, float] = field(
+        default_factory=lambda: {"caption": 0.4, "direct": 0.35, "short": 0.2, "steps": 0.05}
+    )
+
+
+def phrases(prompts: Mapping[str, str]) -> list[str]:
+    """Fixed texts, for the tokenizer to take in as few tokens; digits and signs stay tokens of their own."""
+    said = ["<think>", "</think><answer>", "</answer>", AT_ONCE, "</think>", "<answer>", "Wait, "]
+    return [*prompts.values(), QUESTION, CAPTION, *said]
+
+
+def reply_of(kind: str, row: Mapping[str, Any]) -> str:
+    if kind in ("glyph", "caption"):
+        return row["digits"]
+    if kind == "direct":
+        return f"{AT_ONCE}{row['answer']}</answer>"
+    return f"<think>{running_sums(row['digits'])}</think><answer>{row['answer']}</answer>"
+
+
+def demonstrations(
+    encoder: ChatEncoder, prompts: Mapping[str, str], shares: Mapping[str, float], rows: int, seed: int
+):
+    """The pool of demonstrations, each kind by its share."""
+    environment = DirectEnv("full", prompts, min_pixels=784, min_side=14)
+    stop = encoder.tokenizer.convert_tokens_to_ids(encoder.family.turn_end)
+    found = []
+    for number, (kind, share) in enumerate(shares.items()):
+        for row in make_rows(round(rows * share), LENGTHS[kind], seed * 10 + number):
+            asked = row | {"question": CAPTION} if kind in ("glyph", "caption") else row
+            prompt = encoder.prompt(environment.reset(asked).messages)
+            said = [*encoder.text_ids(reply_of(kind, row)), stop]
+            mask = [0] * len(prompt.token_ids) + [1] * len(said)
+            found.append(Demonstration([*prompt.token_ids, *said], mask, prompt.images))
+    return found
+
+
+def warm_start(
+    path: Path,
+    prompts: Mapping[str, str],
+    settings: WarmStart | None = None,
+    seed: int = 0,
+    progress: Callable[[int, float], Any] = lambda step, loss: None,
+) -> Path:
+    """Build a tiny checkpoint, train it on demonstrations, and save it; ``progress(steps done, loss)``."""
+    settings = settings or WarmStart()
+    size = {name: getattr(settings, name) for name in ("hidden_size", "layers", "vision_layers")}
+    build_tiny(path, seed=seed, corpus=phrases(prompts), **size)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(path)
+    encoder = ChatEncoder(processor.tokenizer, family_of(model.config), ImageFeatures(processor.image_processor))
+    glyphs = demonstrations(encoder, prompts, {"glyph": 1.0}, settings.rows, 500 + seed)
+    _fit(model, encoder, glyphs, settings, settings.glyph_steps, seed, progress)
+    pool = demonstrations(encoder, prompts, settings.shares, settings.rows, 1000 + seed)
+    _fit(model, encoder, pool, settings, settings.steps, seed, progress)
+    model.save_pretrained(path)
+    return path
+
+
+def _fit(
+    model: Any, encoder: ChatEncoder, pool: list, settings: WarmStart, steps: int, seed: int, progress: Callable
+) -> None:
+    tokenizer = encoder.tokenizer
+    image_id = tokenizer.convert_tokens_to_ids(encoder.family.image_token)
+    matrices = [w for name, w in model.named_parameters() if w.ndim == 2 and "embed" not in name]
+    others = [w for name, w in model.named_parameters() if w.ndim != 2 or "embed" in name]
+    rates = (settings.matrix_rate, settings.other_rate)
+    optimizers = [Muon(matrices, {"lr": rates[0]}), torch.optim.AdamW(others, lr=rates[1], betas=(0.9, 0.95))]
+    rng = np.random.default_rng(seed)
+    model.train()
+    for step in range(steps):
+        rate = min(1.0, (step + 1) / 20) * min(1.0, 2 * (1 - step / steps) + 0.02)
+        for optimizer, base in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = base * rate
+        chosen = [pool[number] for number in rng.integers(0, len(pool), size=settings.batch)]
+        batch = collate(chosen, encoder.features, pad_id=tokenizer.pad_token_id, image_token_id=image_id)
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        progress(step + 1, loss.item())
+    model.eval()
