@@ -7,7 +7,7 @@ THREADS ?= 2
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-zoom ablation space test test-lmms test-vllm lint setup clean
+.PHONY: demo demo-loop demo-zoom ablation space test test-lmms test-vllm lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -24,6 +24,10 @@ demo: setup
 
 demo-zoom: setup
 	$(BIN)/python -m demos.searching --out $(OUT)_zoom --json $(OUT)_zoom/zoom.json
+
+# Three seeds, two side by side; a run that was stopped goes on with the stages that are missing.
+demo-loop: setup
+	$(BIN)/python -m demos.loop
 
 space: setup
 	VT_MODEL=$(OUT)/grpo $(BIN)/python demos/space/app.py

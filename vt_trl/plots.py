@@ -170,6 +170,35 @@ def plot_shares(groups: Mapping[str, Mapping[str, int]], title: str) -> Drawn:
     return Drawn(file.getvalue(), f"{title} by source: {said}")
 
 
+def plot_rounds(seeds: Sequence[Mapping[str, Any]], title: str) -> Drawn:
+    """Accuracy after each round of a loop, seeds thin and their mean thick, beside controls as level lines.
+
+    ``seeds``: one mapping each with ``base``, ``rounds`` (a list), ``rl_only`` and ``sft_only``, shares from 0 to 1.
+    """
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    ax = figure.subplots()
+    _dress(ax, title, shares=True)
+    ax.set_xlabel("round (0: base model)")
+    curves = [[seed["base"], *seed["rounds"]] for seed in seeds]
+    average = [mean(column) for column in zip(*curves, strict=True)]
+    for curve in curves:
+        ax.plot(range(len(curve)), curve, color=_COLOURS["easy"], linewidth=0.8, alpha=0.45)
+    ax.plot(range(len(average)), average, color=_COLOURS["easy"], linewidth=2.4, marker="o", label="loop")
+    ax.set_xticks(range(len(average)))
+    said = [f"loop from {average[0]:.2f} to {average[-1]:.2f}"]
+    controls = (("GRPO alone", "rl_only", _COLOURS["hard"]), ("SFT alone", "sft_only", _OTHERS[0]))
+    for label, name, colour in controls:
+        for seed in seeds:
+            ax.axhline(seed[name], color=colour, linewidth=0.8, alpha=0.35)
+        level = mean(seed[name] for seed in seeds)
+        ax.axhline(level, color=colour, linewidth=1.8, linestyle="--", label=label)
+        said.append(f"{label} {level:.2f}")
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    file = io.BytesIO()
+    _save(figure, file, "svg")
+    return Drawn(file.getvalue(), "; ".join(said))
+
+
 def plot_tradeoff(points: Sequence[tuple[str, float, float, Sequence[float] | None]], axis: str) -> Drawn:
     """Accuracy against tokens: a point per policy, with its confidence interval.
 

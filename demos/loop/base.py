@@ -21,18 +21,21 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from data_prep.describing import CAPTION
 from demos.loop.task import QUESTION, make_rows, running_sums
 from vt_trl.chat import ChatEncoder
 from vt_trl.dialogue import Demonstration, collate
-from vt_trl.envs import DirectEnv
+from vt_trl.envs import SingleEnv
+from vt_trl.envs.base import system, user
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
 from vt_trl.muon import Muon
 from vt_trl.tiny import build_tiny
+from vt_trl.types import Message
 
-CAPTION = "Which digits?"
+DESCRIBE = "Describe the picture."  # what `vt-trl prepare distill` asks a captioner, with CAPTION
 AT_ONCE = "<think>plain</think><answer>"
-LENGTHS = {"glyph": (1,), "caption": (2, 3, 4, 5), "direct": (2, 3, 4, 5), "short": (2,), "steps": (3, 4, 5)}
+LENGTHS = {"glyph": (1,), "caption": (2, 3, 4), "direct": (2, 3, 4), "short": (2,), "steps": (3, 4)}
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,21 @@ class WarmStart:
     hidden_size: int = 64
     layers: int = 2
     vision_layers: int = 2
-    steps: int = 400
+    steps: int = 250
     glyph_steps: int = 100  # before them: single digits only, or attention has nothing to find
     batch: int = 64
     rows: int = 4000
     matrix_rate: float = 0.02  # of Muon; the rest is Adam's
     other_rate: float = 2e-3
     shares: Mapping[str, float] = field(
-        default_factory=lambda: {"caption": 0.4, "direct": 0.35, "short": 0.2, "steps": 0.05}
+        default_factory=lambda: {"caption": 0.4, "direct": 0.36, "short": 0.2, "steps": 0.04}
     )
 
 
 def phrases(prompts: Mapping[str, str]) -> list[str]:
     """Fixed texts, for the tokenizer to take in as few tokens; digits and signs stay tokens of their own."""
     said = ["<think>", "</think><answer>", "</answer>", AT_ONCE, "</think>", "<answer>", "Wait, "]
-    return [*prompts.values(), QUESTION, CAPTION, *said]
+    return [*prompts.values(), QUESTION, CAPTION, DESCRIBE, *said]
 
 
 def reply_of(kind: str, row: Mapping[str, Any]) -> str:
@@ -67,17 +70,23 @@ def reply_of(kind: str, row: Mapping[str, Any]) -> str:
     return f"<think>{running_sums(row['digits'])}</think><answer>{row['answer']}</answer>"
 
 
+def caption_messages(image: Any) -> tuple[Message, ...]:
+    """What `vt-trl prepare distill` shows a captioner."""
+    return system(CAPTION), user(image, DESCRIBE)
+
+
 def demonstrations(
     encoder: ChatEncoder, prompts: Mapping[str, str], shares: Mapping[str, float], rows: int, seed: int
 ):
     """The pool of demonstrations, each kind by its share."""
-    environment = DirectEnv("full", prompts, min_pixels=784, min_side=14)
+    environment = SingleEnv(prompts)
     stop = encoder.tokenizer.convert_tokens_to_ids(encoder.family.turn_end)
     found = []
     for number, (kind, share) in enumerate(shares.items()):
         for row in make_rows(round(rows * share), LENGTHS[kind], seed * 10 + number):
-            asked = row | {"question": CAPTION} if kind in ("glyph", "caption") else row
-            prompt = encoder.prompt(environment.reset(asked).messages)
+            describes = kind in ("glyph", "caption")
+            asked = caption_messages(row["image"]) if describes else environment.reset(row).messages
+            prompt = encoder.prompt(asked)
             said = [*encoder.text_ids(reply_of(kind, row)), stop]
             mask = [0] * len(prompt.token_ids) + [1] * len(said)
             found.append(Demonstration([*prompt.token_ids, *said], mask, prompt.images))

@@ -1,9 +1,9 @@
-"""The adding task: a strip of digits, and the last digit of their sum.
+"""The adding task: up to four digits in a picture, and the last digit of their sum.
 
-A picture shows two to five digits side by side, each in a square of 28 x 28 pixels, which is one visual token of a
-Qwen2.5-VL. The answer is the sum modulo 10. A tiny network hardly finds it in one step from four digits on; with the
-running sums written down (``7+4=1+9=0``) each step is a sum of two digits. ``clearness`` says how well the
-digits of a picture stand out of the grain, so that reading can fail as well as reasoning.
+A picture of 56 x 56 pixels holds two to four digits in reading order, each in a square of 28 x 28, one visual
+token of a Qwen2.5-VL. A tiny network hardly finds the answer at once; with the running sums written down
+(``7+4=1+9=0``) each step is a sum of two digits. The contrast differs from picture to picture, and the faint ones are
+hard to read, so that reading can fail as well as reasoning.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ def _glyph(digit: str, size: int, right: int, down: int) -> np.ndarray:
 
 
 def draw(digits: str, rng: np.random.Generator, look: Look | None = None) -> PILImage.Image:
-    """An RGB picture of ``digits``, 28 pixels high and 28 wide per digit; one contrast for the whole picture."""
+    """An RGB picture (56 x 56) of one to four ``digits``, with one contrast for all of them."""
     look = look or Look()
     moves = rng.integers(-look.shift, look.shift + 1, size=(len(digits), 2))
     sizes = rng.choice(look.font, size=len(digits))
-    shown = [_glyph(digit, int(size), *map(int, move)) for digit, size, move in zip(digits, sizes, moves, strict=True)]
-    mask = np.concatenate(shown, axis=1)
+    mask = np.zeros((2 * SIDE, 2 * SIDE))
+    for place, (digit, size, move) in enumerate(zip(digits, sizes, moves, strict=True)):
+        top, left = SIDE * (place // 2), SIDE * (place % 2)
+        mask[top : top + SIDE, left : left + SIDE] = _glyph(digit, int(size), *map(int, move))
     grey = rng.uniform(*look.paper) - rng.uniform(*look.ink) * mask + rng.normal(0.0, look.noise, mask.shape)
     return PILImage.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
 

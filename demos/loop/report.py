@@ -1,0 +1,113 @@
+"""What the demo found, as a table on the terminal, as an HTML page and as the table of docs/loop_demo.md.
+
+python -m demos.loop.report --write docs/loop_demo.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "loop.json"
+START = "<!-- loop table: written by `python -m demos.loop.report`, checked by tests/test_demo_loop.py -->"
+END = "<!-- end of loop table -->"
+
+
+def lines(results: Mapping[str, Any]) -> list[list[str]]:
+    """The table's cells, headings first: a row per seed and one of means."""
+    seeds = results["seeds"]
+    count = len(seeds[0]["rounds"])
+    heads = ["seed", "base", *(f"round {number}" for number in range(1, count + 1)), "GRPO alone", "SFT alone"]
+    rows = [[s["base"], *s["rounds"], s["rl_only"], s["sft_only"]] for s in seeds]
+    mean = [sum(column) / len(column) for column in zip(*rows, strict=True)]
+    names = [*(str(s["seed"]) for s in seeds), "mean"]
+    return [heads, *([name, *(f"{v:.3f}" for v in row)] for name, row in zip(names, [*rows, mean], strict=True))]
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Markdown: accuracies, whether each claim holds in every seed, and where the figures come from."""
+    heads, *rows = lines(results)
+    text = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *(f"| {' | '.join(row)} |" for row in rows), ""]
+    text += [
+        f"- {claim}: {'yes, in every seed' if met else 'no, not in every seed'}" for claim, met in claims(results)
+    ]
+    first, about = results["seeds"][0], results["about"]
+    spent = "; ".join(f"{name.replace('_', ' ')} {count}" for name, count in first["sequences"].items())
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers", "trl"))
+    text += [
+        "",
+        f"Greedy answers to {about['sizes']['eval_rows']} held-out pictures per seed. Sequences that gradients were "
+        f"taken on (seed {first['seed']}): {spent}; {first['rows']} rows for every arm. "
+        f"{about['wall_seconds'] / 60:.0f} minutes; {about['machine']}; {versions}; {about['date']}; "
+        f"[loop.json](results/loop.json), `{about['command']}`.",
+    ]
+    return "\n".join(text)
+
+
+def claims(results: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    return list(results["met"].items())
+
+
+def with_table(text: str, results: Mapping[str, Any]) -> str:
+    """``text`` with what stands between the two markers replaced."""
+    before, _, rest = text.partition(START)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"The text has no pair of markers {START} and {END}.")
+    return f"{before}{START}\n{table(results)}\n{END}{after}"
+
+
+def write_page(results: Mapping[str, Any], path: Path) -> Path:
+    """One HTML file: the curve, the table, and the figures of every stage."""
+    from vt_trl.images import data_uri
+    from vt_trl.plots import plot_rounds
+    from vt_trl.transcripts.show import environment
+
+    drawn = plot_rounds(results["seeds"], "Held-out accuracy")
+    heads, *rows = lines(results)
+    page = environment().get_template("loop_demo.html.j2")
+    text = page.render(
+        heads=heads,
+        rows=rows,
+        claims=claims(results),
+        plot={"src": data_uri("svg+xml", drawn.svg), "summary": drawn.summary},
+        seeds=results["seeds"],
+        about=results["about"],
+    )
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def show(results: Mapping[str, Any], page: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    heads, *rows = lines(results)
+    shown = Table(title="Held-out accuracy, greedy")
+    for head in heads:
+        shown.add_column(head)
+    for row in rows:
+        shown.add_row(*row)
+    console = Console()
+    console.print(shown)
+    for claim, met in claims(results):
+        console.print(("[green]yes[/] " if met else "[red]no[/]  ") + claim, highlight=False)
+    console.print(f"{page}, {results['about']['wall_seconds']} s", highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m demos.loop.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path, help="a file whose table to replace; otherwise it is printed")
+    options = parser.parse_args(argv)
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if options.write is None:
+        print(table(results))
+    else:
+        options.write.write_text(with_table(options.write.read_text(encoding="utf-8"), results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
