@@ -43,10 +43,13 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
     from demos.loop.stages import Sizes
 
     full, share = Sizes(), options.small
-    names = ("seed_rows", "pool_rows", "medium_steps", "hard_steps", "eval_rows")
-    part = {name: max(2, round(getattr(full, name) * share)) for name in names}
-    warm = {name: max(2, round(getattr(full.warm, name) * share)) for name in ("rows", "glyph_steps", "steps")}
-    return replace(full, rounds=options.rounds or full.rounds, warm=replace(full.warm, **warm), **part)
+
+    def part(given: Any, **least: int) -> dict[str, int]:
+        return {name: max(floor, round(getattr(given, name) * share)) for name, floor in least.items()}
+
+    warm = replace(full.warm, **part(full.warm, rows=300, glyph_steps=2, steps=60))
+    sizes = part(full, seed_rows=48, pool_rows=48, medium_steps=2, hard_steps=2, eval_rows=32)
+    return replace(full, rounds=options.rounds or full.rounds, warm=warm, **sizes)
 
 
 def quiet() -> None:

@@ -52,7 +52,7 @@ class WarmStart:
     matrix_rate: float = 0.02  # of Muon; the rest is Adam's
     other_rate: float = 2e-3
     shares: Mapping[str, float] = field(
-        default_factory=lambda: {"caption": 0.4, "direct": 0.36, "short": 0.2, "steps": 0.04}
+        default_factory=lambda: {"caption": 0.4, "direct": 0.39, "short": 0.2, "steps": 0.01}
     )
 
 

@@ -192,32 +192,38 @@ class World:
         return self.out / name
 
     def measure(self, name: str, model: Path) -> dict[str, Any]:
-        """Greedy answers on the held-out rows, the same for every model of a seed."""
+        """Answers to the held-out rows, the same for every model of a seed: greedy, and sampled for ``reasons``."""
         from datasets import load_from_disk
 
         from vt_trl.envs import SingleEnv
         from vt_trl.evaluation import play_rows
+        from vt_trl.generation.base import SamplingSettings
         from vt_trl.inference import PolicyModel
 
         def work(folder: Path) -> dict[str, Any]:
             limits = {key: read_yaml(GRPO)[key] for key in ("max_turn_tokens", "max_completion_length")}
-            runner = PolicyModel(model, dtype="float32", device="cpu", **limits).runner(
-                lambda: SingleEnv(**self.environment)
-            )
-            played = play_rows(runner, load_from_disk(self.rows("eval", self.sizes.eval_rows)))
-            said = [one.turns[-1].text for one in played.rollouts]
-            return {
-                "accuracy": round(played.rate("correct"), 4),
-                **{f"accuracy_{n}_digits": round(played.rate("correct", f"{n} digits"), 4) for n in (*MEDIUM, *HARD)},
-                "reasons": round(sum("=" in text for text in said) / len(said), 4),
-                "well_formed": round(played.rate("well_formed"), 4),
-            }
+            opened = PolicyModel(model, dtype="float32", device="cpu", **limits)
+            runner = opened.runner(lambda: SingleEnv(**self.environment))
+            rows = load_from_disk(self.rows("eval", self.sizes.eval_rows))
+            played = play_rows(runner, rows)
+            found = {"accuracy": played.rate("correct")}
+            found |= {f"accuracy_{n}_digits": played.rate("correct", f"{n} digits") for n in (*MEDIUM, *HARD)}
+            found["reasons"] = steps_share(played)
+            if model == self.base:
+                sampled = play_rows(runner, rows, SamplingSettings(temperature=1.0, seed=self.seed))
+                found |= {"sampled_accuracy": sampled.rate("correct"), "sampled_reasons": steps_share(sampled)}
+            return {key: round(value, 4) for key, value in found.items()}
 
         return self.stage(name, work)
 
     def spent(self, *names: str) -> int:
         """Sequences that gradients were taken on in these stages."""
         return sum(json.loads((self.out / f"{name}.json").read_text())["sequences"] for name in names)
+
+
+def steps_share(played: Any) -> float:
+    """The share of replies with a sum written down."""
+    return sum("=" in one.turns[-1].text for one in played.rollouts) / len(played.rollouts)
 
 
 def overrides(settings: dict[str, Any]) -> list[str]:
