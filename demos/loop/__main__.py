@@ -47,7 +47,7 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
     def part(given: Any, **least: int) -> dict[str, int]:
         return {name: max(floor, round(getattr(given, name) * share)) for name, floor in least.items()}
 
-    warm = replace(full.warm, **part(full.warm, rows=300, glyph_steps=2, steps=60))
+    warm = replace(full.warm, **part(full.warm, rows=300, glyph_steps=2, steps=100))
     sizes = part(full, seed_rows=48, pool_rows=48, medium_steps=2, hard_steps=2, eval_rows=32)
     return replace(full, rounds=options.rounds or full.rounds, warm=warm, **sizes)
 

@@ -120,6 +120,7 @@ class World:
                     "reasoner-model": MODEL,
                     "reasoner-args": json.dumps({"base_url": server.base_url, "concurrency": 8}),
                     "samples": self.sizes.samples,
+                    "hygiene": json.dumps({"dedupe": False}),  # other pictures with the same digits are no duplicates
                 }
                 return self._traces("distill", rows, folder, options)
 
@@ -136,7 +137,7 @@ class World:
             "max-turn-tokens": read_yaml(GRPO)["max_turn_tokens"],
             "attempts": 1,
             "samples": self.sizes.samples,
-            "temperature": 1.0,
+            "temperature": 0.7,
         }
         self.stage(name, lambda folder: self._traces("traces", rows, folder, options))
         return self.out / name
