@@ -35,7 +35,7 @@ from vt_trl.types import Message
 
 DESCRIBE = "Describe the picture."  # what `vt-trl prepare distill` asks a captioner, with CAPTION
 AT_ONCE = "<think>plain</think><answer>"
-LENGTHS = {"glyph": (1,), "caption": (2, 3, 4), "direct": (2, 3, 4), "short": (2,), "steps": (3, 4)}
+LENGTHS = {"glyph": (4,), "caption": (2, 3, 4), "direct": (2, 3, 4), "short": (2,), "steps": (3, 4)}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class WarmStart:
     layers: int = 2
     vision_layers: int = 2
     steps: int = 250
-    glyph_steps: int = 100  # before them: single digits only, or attention has nothing to find
+    glyph_steps: int = 100  # before them: one digit four times, so that attention has something to find later
     batch: int = 64
     rows: int = 4000
     matrix_rate: float = 0.02  # of Muon; the rest is Adam's
@@ -83,7 +83,7 @@ def demonstrations(
     stop = encoder.tokenizer.convert_tokens_to_ids(encoder.family.turn_end)
     found = []
     for number, (kind, share) in enumerate(shares.items()):
-        for row in make_rows(round(rows * share), LENGTHS[kind], seed * 10 + number):
+        for row in make_rows(round(rows * share), LENGTHS[kind], seed * 10 + number, same=kind == "glyph"):
             describes = kind in ("glyph", "caption")
             asked = caption_messages(row["image"]) if describes else environment.reset(row).messages
             prompt = encoder.prompt(asked)
@@ -108,7 +108,7 @@ def warm_start(
     processor = AutoProcessor.from_pretrained(path)
     encoder = ChatEncoder(processor.tokenizer, family_of(model.config), ImageFeatures(processor.image_processor))
     glyphs = demonstrations(encoder, prompts, {"glyph": 1.0}, settings.rows, 500 + seed)
-    _fit(model, encoder, glyphs, settings, settings.glyph_steps, seed, progress)
+    _fit(model, encoder, glyphs, settings, settings.glyph_steps, seed, progress, decay=False)
     pool = demonstrations(encoder, prompts, settings.shares, settings.rows, 1000 + seed)
     _fit(model, encoder, pool, settings, settings.steps, seed, progress)
     model.save_pretrained(path)
@@ -116,7 +116,14 @@ def warm_start(
 
 
 def _fit(
-    model: Any, encoder: ChatEncoder, pool: list, settings: WarmStart, steps: int, seed: int, progress: Callable
+    model: Any,
+    encoder: ChatEncoder,
+    pool: list,
+    settings: WarmStart,
+    steps: int,
+    seed: int,
+    progress: Callable,
+    decay: bool = True,
 ) -> None:
     tokenizer = encoder.tokenizer
     image_id = tokenizer.convert_tokens_to_ids(encoder.family.image_token)
@@ -127,7 +134,7 @@ def _fit(
     rng = np.random.default_rng(seed)
     model.train()
     for step in range(steps):
-        rate = min(1.0, (step + 1) / 20) * min(1.0, 2 * (1 - step / steps) + 0.02)
+        rate = min(1.0, (step + 1) / 20) * (min(1.0, 2 * (1 - step / steps) + 0.02) if decay else 1.0)
         for optimizer, base in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = base * rate
         chosen = [pool[number] for number in rng.integers(0, len(pool), size=settings.batch)]

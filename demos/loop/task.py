@@ -63,10 +63,12 @@ def running_sums(digits: str) -> str:
     return text
 
 
-def make_rows(count: int, lengths: tuple[int, ...], seed: int = 0, look: Look | None = None) -> list[dict[str, Any]]:
+def make_rows(
+    count: int, lengths: tuple[int, ...], seed: int = 0, look: Look | None = None, same: bool = False
+) -> list[dict[str, Any]]:
     """``count`` rows, the same for the same arguments; as many of each length, in shuffled order.
 
-    Keys: ``id``, ``image`` (PIL RGB), ``question``, ``answer`` (one digit), ``data_source`` (``"4 digits"``) and
+    With ``same`` all digits of a picture are the same one. Keys: ``id``, ``image`` (PIL RGB), ``question``, ``answer`` (one digit), ``data_source`` (``"4 digits"``) and
     ``digits``, which no stage of the loop reads.
     """
     rng = np.random.default_rng(seed)
@@ -74,6 +76,7 @@ def make_rows(count: int, lengths: tuple[int, ...], seed: int = 0, look: Look | 
     for index, place in enumerate(rng.permutation(count)):
         length = lengths[place % len(lengths)]
         digits = "".join(map(str, rng.integers(0, 10, size=length)))
+        digits = digits[0] * length if same else digits
         rows.append(
             {
                 "id": f"adding-{seed}-{index}",
