@@ -68,8 +68,8 @@ def make_rows(
 ) -> list[dict[str, Any]]:
     """``count`` rows, the same for the same arguments; as many of each length, in shuffled order.
 
-    With ``same`` all digits of a picture are the same one. Keys: ``id``, ``image`` (PIL RGB), ``question``, ``answer`` (one digit), ``data_source`` (``"4 digits"``) and
-    ``digits``, which no stage of the loop reads.
+    With ``same`` all digits of a picture are the same one. Keys: ``id``, ``image`` (PIL RGB), ``question``, ``answer``
+    (one digit), ``data_source`` (``"4 digits"``) and ``digits``, which no stage of the loop reads.
     """
     rng = np.random.default_rng(seed)
     rows = []
