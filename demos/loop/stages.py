@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,12 @@ class World:
         if not mark.exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            found = work(folder)
+            with (
+                (self.out / f"{name}.log").open("w", encoding="utf-8") as log,
+                redirect_stdout(log),
+                redirect_stderr(log),
+            ):
+                found = work(folder)
             mark.write_text(json.dumps(found) + "\n", encoding="utf-8")
         found = json.loads(mark.read_text(encoding="utf-8"))
         self.say(f"seed {self.seed}: {name} {found}")
@@ -102,9 +108,10 @@ class World:
         return folder
 
     def count(self, rows: Path) -> int:
-        from datasets import load_from_disk
+        """Rows, or traces, in a folder."""
+        from vt_trl.data import load_rows
 
-        return len(load_from_disk(rows))
+        return len(load_rows(str(rows)))
 
     def distill(self, name: str, rows: Path) -> Path:
         """Seed traces: the base model describes, the scripted reasoner solves, right and short ones are kept."""
@@ -165,17 +172,14 @@ class World:
 
         def work(folder: Path) -> dict[str, Any]:
             settings = {"model": self.base, "dataset": traces, "output_dir": folder, "seed": self.seed}
-            if examples is not None:
-                settings["max_steps"] = -(-examples // read_yaml(SFT)["per_device_train_batch_size"])
-            trainer = sft(SFT, overrides(settings))
-            count, size = len(trainer.train_dataset), read_yaml(SFT)["per_device_train_batch_size"]
+            size, count = read_yaml(SFT)["per_device_train_batch_size"], self.count(traces)
             per_epoch = -(-count // size)
+            if examples is not None:
+                settings["max_steps"] = examples // count * per_epoch - (-(examples % count) // size)
+            trainer = sft(SFT, overrides(settings))
             epochs, rest = divmod(trainer.state.global_step, per_epoch)
-            return {
-                "traces": count,
-                "sequences": epochs * count + min(rest * size, count),
-                "steps": trainer.state.global_step,
-            }
+            seen = epochs * count + min(rest * size, count)
+            return {"traces": count, "sequences": seen, "steps": trainer.state.global_step}
 
         self.stage(name, work)
         return self.out / name
