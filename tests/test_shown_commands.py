@@ -62,6 +62,7 @@ def shown() -> list[tuple[str, str]]:
         "docs/evaluate.md",
         "docs/seeing-a-run.md",
         "docs/serve.md",
+        "docs/loop_demo.md",
         "demos/space/README.md",
     )
     texts = [(path, path.read_text()) for path in (*(ROOT / name for name in pages), *RECIPES, *LOOPS)]
