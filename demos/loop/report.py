@@ -98,10 +98,14 @@ def show(results: Mapping[str, Any], page: Path) -> None:
     console.print(f"{page}, {results['about']['wall_seconds']} s", highlight=False)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demos.loop.report", description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="a file whose table to replace; otherwise it is printed")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_args(argv)
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     if options.write is None:
         print(table(results))
