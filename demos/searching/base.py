@@ -45,8 +45,8 @@ class Schooling:
     hidden_size: int = 128
     layers: int = 2
     vision_layers: int = 2
-    steps: int = 1100
-    reading: float = 0.12  # share of the steps, at first, in which it learns to read alone
+    steps: int = 900
+    reading: float = 0.14  # share of the steps, at first, in which it learns to read alone
     batch: int = 32  # demonstrations of each kind per step
     rows: int = 4096
     frames: tuple[int, ...] = (1, 2, 3, 4)  # in a picture
@@ -196,10 +196,10 @@ def school(
     model.train()
     for step in range(settings.steps):
         done = step / settings.steps
-        rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * done))
+        rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(0.8 * math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate
-        eased = 1.5 * (done - settings.reading) / (1 - settings.reading)  # pictures with few frames come first
+        eased = 1.3 * (done - settings.reading) / (1 - settings.reading)  # pictures with few frames come first
         losses = {}
         for name, share in (_FIRST if done < settings.reading else _THEN).items():
             pool = len(rows) if name == "read" else math.ceil(len(rows) * min(1.0, max(0.25, eased)))
