@@ -3,7 +3,7 @@
 It stands in for an instruction-tuned checkpoint. Three kinds of demonstrations, in equal numbers:
 
 - ``read``:   the picture of one frame alone, solid or in dots, then the answer;
-- ``locate``: a whole picture, "Where is the red frame?", and its box, as Qwen2.5-VL grounds on request;
+- ``locate``: a whole picture, the question and "Where is it?", and the frame's box, as Qwen2.5-VL grounds on request;
 - ``guess``:  a whole picture in the dialogue of training, then an answer at once, right by chance only.
 
 It is never shown a box inside its reasoning. Token ids come from the same encoder as rollouts.
@@ -34,7 +34,7 @@ from vt_trl.tiny import build_tiny
 
 _FIRST = {"read": 3.0}  # shares of a batch; together with the others from the start, reading is not learned for long
 _THEN = {"read": 0.25, "locate": 1.5, "guess": 0.125}
-LOCATE = "Where is the {colour} frame?"
+LOCATE = f"{QUESTION} Where is it?"
 BEFORE, AFTER = "It is here: ", "legible"  # the reasoning of a rationale before and behind its look
 
 
@@ -68,9 +68,9 @@ def phrases(sheet: Sheet) -> list[str]:
     A number of a box is one token, with the comma or the brackets behind it: every multiple of half a frame's side.
     """
     numbers = range(0, sheet.side // 2 + 1, sheet.cell // 4)
-    asked = [part for text in (QUESTION, LOCATE) for part in text.split(" {colour}")] + [f" {one}" for one in COLOURS]
+    asked = [*QUESTION.split(" {colour}"), LOCATE.removeprefix(QUESTION), *[f" {one}" for one in COLOURS]]
     said = [f"<think>{AFTER}</think><answer>", f"{AFTER}</think><answer>", "</answer>"]
-    looks = [f'<think>{BEFORE}{{"bbox_2d": [', '{"bbox_2d": [']
+    looks = [f"<think>{BEFORE}", '{"bbox_2d": [']  # a box begins with the same token on request and inside a rationale
     return [*asked, *said, *looks, *[f"{number}{end}" for number in numbers for end in (", ", "]}")]]
 
 
