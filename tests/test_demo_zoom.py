@@ -103,7 +103,7 @@ def test_every_stage_runs_and_is_not_run_again(tmp_path, monkeypatch):
     steps = ["--base-steps", "1", "--sft-steps", "1", "--grpo-steps", "1", "--eval-rows", "4"]
     monkeypatch.setattr(stages, "TRAIN_ROWS", 16)
     monkeypatch.setattr(stages, "RATIONALES", 16)
-    monkeypatch.setattr(demo, "_quiet", lambda: None)
+    monkeypatch.setattr(demo, "single_thread", lambda: None)
     options = demo.parse_args([*steps, "--seeds", "0", "--out", str(tmp_path)])
     with Progress(disable=True) as bar:
         demo.run_base(options, bar)

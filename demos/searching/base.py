@@ -1,6 +1,6 @@
 """The base model of the demo: a tiny Qwen2.5-VL that reads letters and finds frames, and knows nothing of looking.
 
-It stands in for an instruction-tuned checkpoint. Three kinds of demonstrations, in equal numbers:
+It stands in for an instruction-tuned checkpoint. Three kinds of demonstrations:
 
 - ``read``:   the picture of one frame alone, solid or in dots, then the answer;
 - ``locate``: a whole picture, the question and "Where is it?", and the frame's box, as Qwen2.5-VL grounds on request;
@@ -26,7 +26,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from demos.searching.task import COLOURS, QUESTION, Sheet, draw_frame, frame_box
 from vt_trl.chat import ChatEncoder
-from vt_trl.dialogue import Demonstration, demonstrate, replay
+from vt_trl.dialogue import Demonstration, Dialogue, demonstrate, replay
 from vt_trl.envs import DirectEnv, Environment
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
@@ -47,7 +47,7 @@ class Schooling:
     vision_layers: int = 2
     steps: int = 900
     reading: float = 0.14  # share of the steps, at first, in which it learns to read alone
-    batch: int = 32  # demonstrations of each kind per step
+    batch: int = 32  # demonstrations per step, times the share of each kind
     rows: int = 4096
     frames: tuple[int, ...] = (1, 2, 3, 4)  # in a picture
     learning_rate: float = 1.5e-3
@@ -162,10 +162,8 @@ class Lessons:
         return F.cross_entropy(logits.flatten(0, 1), ids[:, keep + 1].flatten(), reduction="sum") / len(chosen)
 
 
-def _answered(environment: Environment, row: dict[str, Any], reply: str) -> Any:
+def _answered(environment: Environment, row: dict[str, Any], reply: str) -> Dialogue:
     """A one-turn dialogue; what is said there need not have the layout of training."""
-    from vt_trl.dialogue import Dialogue
-
     dialogue = Dialogue(environment, row)
     dialogue.say(reply)
     return dialogue
@@ -177,7 +175,7 @@ def school(
     zoom: Environment,
     settings: Schooling | None = None,
     seed: int = 0,
-    progress: Callable[[int, float], Any] = lambda step, loss: None,
+    progress: Callable[[int, dict[str, float]], Any] = lambda step, losses: None,
     sheet: Sheet | None = None,
 ) -> Path:
     """Build a tiny checkpoint, train it on demonstrations made from ``rows`` (decoded), and save it at ``path``.
