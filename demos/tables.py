@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
@@ -24,13 +24,17 @@ def put_between(text: str, start: str, end: str, table: str) -> str:
     return f"{before}{start}\n{table}\n{end}{after}"
 
 
-def table_program(name: str, about: str, table: Callable[[], str], start: str, end: str, argv: Sequence[str] | None):
-    """``python -m NAME [--write PAGE]``: print a table, or put it into a page."""
+def table_parser(name: str, about: str) -> argparse.ArgumentParser:
+    """``python -m NAME [--write PAGE]``."""
     parser = argparse.ArgumentParser(prog=f"python -m {name}", description=about)
     parser.add_argument("--write", type=Path, help="a file whose table to replace; otherwise it is printed")
-    options = parser.parse_args(argv)
-    if options.write is None:
-        print(table())
-        return
-    text = options.write.read_text(encoding="utf-8")
-    options.write.write_text(put_between(text, start, end, table()), encoding="utf-8")
+    return parser
+
+
+def show_table(page: Path | None, table: str, start: str, end: str) -> None:
+    """Print a table, or put it into a page."""
+    if page is None:
+        print(table)
+    else:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(put_between(text, start, end, table), encoding="utf-8")

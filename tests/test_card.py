@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from markdown_it import MarkdownIt
 from published import TOKEN, untrained
 
 from vt_trl.card import dialogue, fence, plain, render_card
-from vt_trl.envs import DirectEnv
+from vt_trl.envs import DirectEnv, ZoomEnv
 from vt_trl.export import export
 from vt_trl.images import ResolutionRule
 from vt_trl.play import printable
@@ -221,9 +222,10 @@ def test_the_snippets_views_are_those_of_training(width, height):
         assert large == full
 
 
-@pytest.mark.parametrize("environment", ["resize", "direct"])
+@pytest.mark.parametrize("environment", ["resize", "direct", "zoom"])
 def test_the_snippet_runs_on_the_export(caller, tmp_path, monkeypatch, capsys, environment):
-    kinds = {"environment": DirectEnv} if environment == "direct" else {}
+    kinds = {"direct": {"environment": DirectEnv}, "zoom": {"environment": partial(ZoomEnv, turns=2)}}
+    kinds = kinds.get(environment, {})
     trainer = untrained(caller, tmp_path, **kinds)
     trainer.save_model()
     out = export(tmp_path / "out", out=tmp_path / "mine")
@@ -232,6 +234,10 @@ def test_the_snippet_runs_on_the_export(caller, tmp_path, monkeypatch, capsys, e
     picture(3, (112, 56)).save("picture.png")
     names: dict = {}
     exec(code, names)  # our own template
+    if environment == "zoom":
+        assert names["pipe"].policy == "zoom"
+        assert [turn.text for turn in names["result"].turns] and str(names["result"].answer) in capsys.readouterr().out
+        return
     if environment == "direct":
         assert len(names["messages"]) == 2
         return

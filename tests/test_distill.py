@@ -77,11 +77,11 @@ def test_the_shortest_right_answer_becomes_a_trace_and_all_others_have_a_reason(
     assert set(one) - {"images"} == set(_columns_of_traces())
     assert one["written_by"] == "mind from descriptions by eyes" and one["answer"] == ["1"]
     assert played(one, make_environment("single")).rollout().answer == "\\boxed{1}"
-    reasons = sorted((row["id"], row["sample"], row["reason"]) for row in rejected(out))
-    assert reasons == [
-        ("r1", 1, "wrong"), ("r1", 2, "not_shortest"), ("r1", 3, "malformed/no_move"),
-        ("r2", 1, "wrong"), ("r2", 2, "wrong"), ("r2", 3, "wrong"),
+    fallen = rejected(out)  # which sample said what is a matter of which request came first
+    assert sorted((row["id"], row["reason"]) for row in fallen) == [
+        ("r1", "malformed/no_move"), ("r1", "not_shortest"), ("r1", "wrong"), *[("r2", "wrong")] * 3
     ]  # fmt: skip
+    assert len({(row["id"], row["sample"]) for row in fallen}) == 6
     report = json.loads((out / "report.json").read_text())
     assert report["rows"]["sources"] == {"signs": {"kept": 2}}
     assert report["samples"]["dropped"] == {"wrong": 4, "not_shortest": 1, "malformed/no_move": 1}

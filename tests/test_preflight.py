@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import shipped
 from transformers import AutoConfig
 
 from vt_trl.cli import main
@@ -205,7 +206,7 @@ def test_no_gpu_no_verdict(setup_of):
 
 
 def test_every_shipped_recipe_preflights(seven, capsys):
-    for path in sorted(path for path in RECIPES.glob("*.yaml") if "sft" not in path.stem.split("_")):
+    for path in (path for path in shipped.RECIPES if shipped.kind_of(path) is VTGRPOConfig):
         overrides = ("--model", "x", "--dataset", "y") if path.stem == "smoke" else ()
         gpu = None if "use_cpu: true" in path.read_text() else 79
         result = preflight(path, overrides, gpu_gib=gpu, model_config=seven)

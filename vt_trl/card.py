@@ -20,6 +20,8 @@ from vt_trl.play import printable
 from vt_trl.run_notes import RunNotes
 
 TAGS = ("vt_trl", "trl", "grpo", "visionthink", "vision-language")
+_SNIPPETS = {kind: "inference.py.j2" for kind in ("resize", "direct", "single")}  # by the environment's kind
+_SNIPPETS |= {kind: "pipeline.py.j2" for kind in ("zoom", "look")}  # too many turns to lead in a few lines
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENCE = re.compile(r"[\w.-]+")
 
@@ -35,8 +37,8 @@ def render_card(notes: RunNotes, name: str, merged: bool = False, tags: Sequence
     environment = _templates()
     adapter = notes.adapter and not merged
     snippet = ""
-    if "rule" in notes.environment:
-        snippet = environment.get_template("inference.py.j2").render(notes=notes, name=name)
+    if template := _SNIPPETS.get(notes.environment.get("kind")):
+        snippet = environment.get_template(template).render(notes=notes, name=name)
     body = environment.get_template("model_card.md.j2").render(
         notes=notes,
         name=name,

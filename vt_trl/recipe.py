@@ -14,6 +14,7 @@ from trl import TrlParser
 
 from vt_trl.config import VTGRPOConfig
 from vt_trl.errors import ConfigError, did_you_mean
+from vt_trl.loop.recipe import is_loop
 from vt_trl.yaml_file import read_yaml
 
 Settings = TypeVar("Settings")
@@ -140,8 +141,8 @@ def check_keys(settings: Mapping[str, Any], where: str, kind: type = VTGRPOConfi
     unknown = [key for key in settings if key not in known]
     if not unknown:
         return
-    if isinstance(settings.get("stages"), list):
-        raise ConfigError(f"{where} has stages, so it is the recipe of a loop: run `vt-trl loop {where}`.")
+    if is_loop(settings):
+        raise ConfigError(f"{where} is the recipe of a loop: run `vt-trl loop {where}`.")
     command, others = _other_command(kind)
     theirs = [key for key in unknown if key in others]
     problems = []

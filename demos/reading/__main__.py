@@ -17,6 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from demos.runs import write_page
+
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "demo.yaml"
 
 
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report["targets_met"] = stages.targets(report)
     path = options.out / "report.json"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    page = stages.write_page(world, report, trainer)
+    page = write_page(options.out / "report.html", "vt_trl: learning when to look closely", report, trainer)
     stages.print_summary(report, path, page)
     return report
 

@@ -15,12 +15,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
 from demos.reading.__main__ import RECIPE, progress_bar
+from demos.runs import kept, overrides, single_thread
 
 RULES = ("none", "always", "paper", "released")
 OUT = Path("docs/results")
@@ -55,20 +57,11 @@ def _world(work: Path, seed: int, legibility: float) -> Any:
     return World.make(RECIPE, work / f"seed{seed}-legibility{legibility}", seed, eval_rows=1, legibility=legibility)
 
 
-def _single_thread() -> None:
-    import torch
-    from transformers.utils import logging
-
-    torch.set_num_threads(1)  # two runs side by side use two cores better than one run with two threads
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def prepare(work: Path, seed: int, legibility: float, warm_steps: int | None) -> None:
     """Train the base model of a seed and a legibility, and draw the rows that all rules train on."""
     from demos.reading import stages
 
-    _single_thread()
+    single_thread()
     world = _world(work, seed, legibility)
     stages.save_train_rows(world)
     if not (world.base / "model.safetensors").exists():
@@ -77,24 +70,26 @@ def prepare(work: Path, seed: int, legibility: float, warm_steps: int | None) ->
 
 def run_cell(work: Path, cell: Cell, steps: int, log_every: int) -> dict[str, Any]:
     """Train one cell by the ordinary recipe path and return its curves; a cell that was finished is only read."""
-    from demos.reading import stages
-
-    _single_thread()
+    single_thread()
     world = _world(work, cell.seed, cell.legibility)
     output = world.out / f"{cell.rule}-reliability{cell.reliability}"
-    finished = output / f"curves-{steps}-{log_every}.json"
-    if finished.exists():
-        return json.loads(finished.read_text(encoding="utf-8"))
-    environment = world.settings["environment_args"] | {"reliability": cell.reliability}
-    overrides = ["--penalty", cell.rule, "--output_dir", str(output), "--logging_steps", str(log_every)]
-    overrides += ["--environment", "demos.reading.unreliable:UnreliableEnv"]
-    overrides += ["--environment_args", json.dumps(environment)]
-    trainer = stages.run_grpo(world, Progress(disable=True), steps, overrides)
+    return kept(output / f"curves-{steps}-{log_every}.json", partial(_curves, world, cell, output, steps, log_every))
+
+
+def _curves(world: Any, cell: Cell, output: Path, steps: int, log_every: int) -> dict[str, Any]:
+    from demos.reading import stages
+
+    more = overrides(
+        penalty=cell.rule,
+        output_dir=output,
+        logging_steps=log_every,
+        environment="demos.reading.unreliable:UnreliableEnv",
+        environment_args=json.dumps(world.settings["environment_args"] | {"reliability": cell.reliability}),
+    )
+    trainer = stages.run_grpo(world, Progress(disable=True), steps, more)
     logs = [log for log in trainer.state.log_history if "request_rate" in log]
     curves = {name: [log.get(key) for log in logs] for name, key in _CURVES.items()}
-    result = {"seed": cell.seed, "steps": [log["step"] for log in logs], **curves}
-    _write(finished, result)
-    return result
+    return {"seed": cell.seed, "steps": [log["step"] for log in logs], **curves}
 
 
 def settled(curves: dict[str, Any], name: str) -> float:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from demos.reading.task import ALPHABET, make_dataset
 from demos.reading.warmstart import WarmStart, warm_start
+from demos.runs import overrides
 from vt_trl import __version__
 from vt_trl.data import episode_row
 from vt_trl.evaluation import Evaluation, play_rows
@@ -153,24 +154,15 @@ def save_train_rows(world: World) -> Path:
     return rows
 
 
-def run_grpo(
-    world: World, bar: Progress, steps: int | None = None, overrides: Sequence[str] = (), label: str = "GRPO"
-):
+def run_grpo(world: World, bar: Progress, steps: int | None = None, more: Sequence[str] = (), label: str = "GRPO"):
     """Train the recipe by the path of ``vt-trl train``; returns the trainer. The model is saved at ``world.grpo``."""
     from vt_trl.run import train
 
     rows = save_train_rows(world)
-    settings = {
-        "model": world.base,
-        "dataset": rows,
-        "output_dir": world.grpo,
-        "seed": world.seed,
-        "disable_tqdm": True,
-    }
-    if steps is not None:
-        settings["max_steps"] = steps
-    arguments = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return train(world.recipe, [*arguments, *overrides], callbacks=[ProgressCallback(bar, label)])
+    given = overrides(
+        model=world.base, dataset=rows, output_dir=world.grpo, seed=world.seed, disable_tqdm=True, max_steps=steps
+    )
+    return train(world.recipe, [*given, *more], callbacks=[ProgressCallback(bar, label)])
 
 
 def provenance() -> dict[str, Any]:
@@ -196,20 +188,6 @@ def targets(report: dict[str, Any]) -> dict[str, bool]:
         "hard is at chance at low resolution": abs(control["hard_low_accuracy"] - control["chance"]) <= 0.10,
         "hard is legible at full resolution": control["hard_full_accuracy"] >= 0.90,
     }
-
-
-def write_page(world: World, report: dict[str, Any], trainer: Any) -> Path:
-    """The HTML report: table, curves, and whole episodes of the last generation batch."""
-    from vt_trl.report import Episode, choose_episodes, write_report
-
-    pairs = [Episode(*pair) for pair in zip(trainer.last_rollouts, trainer.recorder.last_records, strict=True)]
-    return write_report(
-        world.out / "report.html",
-        title="vt_trl: learning when to look closely",
-        facts=report,
-        history=trainer.state.log_history,
-        episodes=choose_episodes(pairs),
-    )
 
 
 def print_summary(report: dict[str, Any], path: Path, page: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from typing import Any
 
-from demos.tables import RESULTS, put_between, span, table_program
+from demos.tables import RESULTS, put_between, show_table, span, table_parser
 
 START = "<!-- demo table: written by `python -m demos.reading.table`, checked by tests/test_readme.py -->"
 END = "<!-- end of demo table -->"
@@ -48,8 +49,12 @@ def with_table(text: str, reports: Sequence[dict[str, Any]]) -> str:
     return put_between(text, START, END, table(reports))
 
 
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    return table_parser("demos.reading.table", __doc__).parse_args(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    table_program("demos.reading.table", __doc__, lambda: table(load_reports()), START, END, argv)
+    show_table(parse_args(argv).write, table(load_reports()), START, END)
 
 
 if __name__ == "__main__":

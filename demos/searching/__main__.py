@@ -1,4 +1,4 @@
-"""``make demo-zoom``: a tiny model learns on a CPU where to look, and three ablations show what it takes.
+"""``make demo-zoom``: a tiny model learns on a CPU where to look, and two ablations show what it takes.
 
 From one base model that looks at nothing, for each seed: SFT on rationales with one look, then GRPO with crops. Beside
 it the same two stages with boxes that show nothing, and GRPO without the SFT stage. Writes ``zoom.json`` and per seed
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from demos.reading.__main__ import progress_bar
+from demos.runs import kept, single_thread, write_page
 
-RESULT = Path("docs/results/zoom.json")
 CELLS = ("crops", "no_crops", "no_sft")  # the longest first
 
 
@@ -35,15 +35,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-rows", type=int, default=256, help="held-out pictures")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, one thread each")
     return parser.parse_args(argv)
-
-
-def _quiet() -> None:
-    import torch
-    from transformers.utils import logging
-
-    torch.set_num_threads(1)  # two runs side by side use two cores better than one run with two threads
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _world(options: argparse.Namespace, seed: int) -> Any:
@@ -69,9 +60,7 @@ def run_base(options: argparse.Namespace, bar: Any) -> None:
 
 def run_cell(options: argparse.Namespace, seed: int, cell: str) -> dict[str, Any]:
     """Train and measure one cell of a seed; one that was finished is only read."""
-    from demos.searching.stages import kept
-
-    _quiet()
+    single_thread()
     world = _world(options, seed)
     return kept(world.out / f"{cell}.json", partial(_train_cell, options, world, cell))
 
@@ -93,11 +82,12 @@ def _train_cell(options: argparse.Namespace, world: Any, cell: str) -> dict[str,
     figures["after"] = stages.measure(world, trained, environment, bar, cell)
     figures["grpo_steps"] = trainer.state.global_step
     logs = [log for log in trainer.state.log_history if "reward" in log]
-    names = {"accuracy": "accuracy", "request_rate": "request_rate", "reward": "reward"}
-    figures["curve"] = {name: [round(float(log[key]), 4) for log in logs if key in log] for name, key in names.items()}
+    names = ("accuracy", "request_rate", "reward")
+    figures["curve"] = {name: [round(float(log[name]), 4) for log in logs if name in log] for name in names}
     figures["seconds"] = round(time.perf_counter() - started, 1)
     if cell == "crops":
-        stages.write_page(world, figures, trainer)
+        facts = {name: value for name, value in figures.items() if name != "curve"}
+        write_page(world.out / "report.html", "vt_trl: learning where to look", facts, trainer)
     return figures
 
 

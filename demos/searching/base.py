@@ -1,9 +1,9 @@
 """The base model of the demo: a tiny Qwen2.5-VL that reads letters and finds frames, and knows nothing of looking.
 
-It stands in for an instruction-tuned checkpoint. Three kinds of demonstrations, in equal numbers:
+It stands in for an instruction-tuned checkpoint. Three kinds of demonstrations:
 
 - ``read``:   the picture of one frame alone, solid or in dots, then the answer;
-- ``locate``: a whole picture, "Where is the red frame?", and its box, as Qwen2.5-VL grounds on request;
+- ``locate``: a whole picture, the question and "Where is it?", and the frame's box, as Qwen2.5-VL grounds on request;
 - ``guess``:  a whole picture in the dialogue of training, then an answer at once, right by chance only.
 
 It is never shown a box inside its reasoning. Token ids come from the same encoder as rollouts.
@@ -26,7 +26,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from demos.searching.task import COLOURS, QUESTION, Sheet, draw_frame, frame_box
 from vt_trl.chat import ChatEncoder
-from vt_trl.dialogue import Demonstration, demonstrate, replay
+from vt_trl.dialogue import Demonstration, Dialogue, demonstrate, replay
 from vt_trl.envs import DirectEnv, Environment
 from vt_trl.families import family_of
 from vt_trl.features import ImageFeatures
@@ -34,7 +34,7 @@ from vt_trl.tiny import build_tiny
 
 _FIRST = {"read": 3.0}  # shares of a batch; together with the others from the start, reading is not learned for long
 _THEN = {"read": 0.25, "locate": 1.5, "guess": 0.125}
-LOCATE = "Where is the {colour} frame?"
+LOCATE = f"{QUESTION} Where is it?"
 BEFORE, AFTER = "It is here: ", "legible"  # the reasoning of a rationale before and behind its look
 
 
@@ -45,9 +45,9 @@ class Schooling:
     hidden_size: int = 128
     layers: int = 2
     vision_layers: int = 2
-    steps: int = 1100
-    reading: float = 0.12  # share of the steps, at first, in which it learns to read alone
-    batch: int = 32  # demonstrations of each kind per step
+    steps: int = 900
+    reading: float = 0.14  # share of the steps, at first, in which it learns to read alone
+    batch: int = 32  # demonstrations per step, times the share of each kind
     rows: int = 4096
     frames: tuple[int, ...] = (1, 2, 3, 4)  # in a picture
     learning_rate: float = 1.5e-3
@@ -68,9 +68,9 @@ def phrases(sheet: Sheet) -> list[str]:
     A number of a box is one token, with the comma or the brackets behind it: every multiple of half a frame's side.
     """
     numbers = range(0, sheet.side // 2 + 1, sheet.cell // 4)
-    asked = [part for text in (QUESTION, LOCATE) for part in text.split(" {colour}")] + [f" {one}" for one in COLOURS]
+    asked = [*QUESTION.split(" {colour}"), LOCATE.removeprefix(QUESTION), *[f" {one}" for one in COLOURS]]
     said = [f"<think>{AFTER}</think><answer>", f"{AFTER}</think><answer>", "</answer>"]
-    looks = [f'<think>{BEFORE}{{"bbox_2d": [', '{"bbox_2d": [']
+    looks = [f"<think>{BEFORE}", '{"bbox_2d": [']  # a box begins with the same token on request and inside a rationale
     return [*asked, *said, *looks, *[f"{number}{end}" for number in numbers for end in (", ", "]}")]]
 
 
@@ -162,10 +162,8 @@ class Lessons:
         return F.cross_entropy(logits.flatten(0, 1), ids[:, keep + 1].flatten(), reduction="sum") / len(chosen)
 
 
-def _answered(environment: Environment, row: dict[str, Any], reply: str) -> Any:
+def _answered(environment: Environment, row: dict[str, Any], reply: str) -> Dialogue:
     """A one-turn dialogue; what is said there need not have the layout of training."""
-    from vt_trl.dialogue import Dialogue
-
     dialogue = Dialogue(environment, row)
     dialogue.say(reply)
     return dialogue
@@ -177,7 +175,7 @@ def school(
     zoom: Environment,
     settings: Schooling | None = None,
     seed: int = 0,
-    progress: Callable[[int, float], Any] = lambda step, loss: None,
+    progress: Callable[[int, dict[str, float]], Any] = lambda step, losses: None,
     sheet: Sheet | None = None,
 ) -> Path:
     """Build a tiny checkpoint, train it on demonstrations made from ``rows`` (decoded), and save it at ``path``.
@@ -196,10 +194,10 @@ def school(
     model.train()
     for step in range(settings.steps):
         done = step / settings.steps
-        rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(math.pi * done))
+        rate = min(1.0, (step + 1) / 30) * 0.5 * (1 + math.cos(0.8 * math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * rate
-        eased = 1.5 * (done - settings.reading) / (1 - settings.reading)  # pictures with few frames come first
+        eased = 1.3 * (done - settings.reading) / (1 - settings.reading)  # pictures with few frames come first
         losses = {}
         for name, share in (_FIRST if done < settings.reading else _THEN).items():
             pool = len(rows) if name == "read" else math.ceil(len(rows) * min(1.0, max(0.25, eased)))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
 from demos.reading.stages import ProgressCallback
+from demos.runs import overrides
 from demos.searching.base import AFTER, BEFORE, Schooling, school
 from demos.searching.blind import TextBoxEnv
 from demos.searching.task import Sheet, frame_box, make_dataset, make_rows
@@ -22,7 +23,8 @@ from vt_trl.inference import PolicyModel
 from vt_trl.types import RolloutStatus
 from vt_trl.yaml_file import read_yaml
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+GRPO = Path(__file__).resolve().parents[2] / "recipes" / "demo_zoom.yaml"
+SFT = GRPO.with_name("demo_zoom_sft.yaml")
 TRAIN_ROWS, RATIONALES = 1024, 512
 _SEEDS = {"school": 1000, "rationales": 2000, "train": 3000, "eval": 4000}  # disjoint; each depends on the run's seed
 _STRIDE = 10_000
@@ -42,9 +44,14 @@ class World:
     def rows(self, purpose: str, count: int, **settings: Any) -> list[dict[str, Any]]:
         return make_rows(count, _SEEDS[purpose] + _STRIDE * self.seed, sheet=self.sheet, **settings)
 
+    @cached_property
+    def eval_rows(self) -> list[dict[str, Any]]:
+        """The held-out rows, decoded; drawn once, for a cell is measured twice."""
+        return [episode_row(row) for row in make_dataset(self.rows("eval", self.eval_count))]
+
     @property
     def environment_args(self) -> dict[str, Any]:
-        return read_yaml(RECIPES / "demo_zoom.yaml")["environment_args"]
+        return read_yaml(GRPO)["environment_args"]
 
 
 def make_base(path: Path, bar: Progress, seed: int = 0, sheet: Sheet | None = None, **settings: Any) -> None:
@@ -59,7 +66,7 @@ def make_base(path: Path, bar: Progress, seed: int = 0, sheet: Sheet | None = No
     def advance(done: int, losses: dict[str, float]) -> None:
         bar.update(task, completed=done, note=", ".join(f"{name} {loss:.2f}" for name, loss in losses.items()))
 
-    zoom = make_environment("zoom", read_yaml(RECIPES / "demo_zoom.yaml")["environment_args"])()
+    zoom = make_environment("zoom", read_yaml(GRPO)["environment_args"])()
     school(path, [row | episode_row(row) for row in drawn], zoom, schooling, seed, advance, sheet)
 
 
@@ -80,26 +87,21 @@ def save_train_rows(world: World) -> Path:
     return folder
 
 
-def _overrides(**settings: Any) -> list[str]:
-    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-
-
 def run_sft(world: World, out: Path, environment: str, steps: int | None) -> None:
     """The cold start, by the path of ``vt-trl sft``."""
     from vt_trl.sft import sft
 
-    settings = {"model": world.base, "dataset": save_rationales(world), "output_dir": out, "seed": world.seed}
-    settings |= {"environment": environment, "disable_tqdm": True} | ({} if steps is None else {"max_steps": steps})
-    sft(RECIPES / "demo_zoom_sft.yaml", _overrides(**settings))
+    settings = {"model": world.base, "dataset": save_rationales(world), "output_dir": out, "max_steps": steps}
+    sft(SFT, overrides(**settings, environment=environment, seed=world.seed, disable_tqdm=True))
 
 
 def run_grpo(world: World, model: Path, out: Path, environment: str, steps: int | None, bar: Progress, label: str):
     """GRPO by the path of ``vt-trl train``; returns the trainer."""
     from vt_trl.run import train
 
-    settings = {"model": model, "dataset": save_train_rows(world), "output_dir": out, "seed": world.seed}
-    settings |= {"environment": environment, "disable_tqdm": True} | ({} if steps is None else {"max_steps": steps})
-    return train(RECIPES / "demo_zoom.yaml", _overrides(**settings), callbacks=[ProgressCallback(bar, label)])
+    settings = {"model": model, "dataset": save_train_rows(world), "output_dir": out, "max_steps": steps}
+    given = overrides(**settings, environment=environment, seed=world.seed, disable_tqdm=True)
+    return train(GRPO, given, callbacks=[ProgressCallback(bar, label)])
 
 
 def measure(world: World, model_path: Path, environment: str, bar: Progress, label: str) -> dict[str, float]:
@@ -108,14 +110,13 @@ def measure(world: World, model_path: Path, environment: str, bar: Progress, lab
     ``crop_hits``: share of the answered rows with a crop that holds the ink of the letter that was asked for;
     ``crop_area``: mean area of the crops as a share of the picture (a crop of everything would hit, too).
     """
-    settings = read_yaml(RECIPES / "demo_zoom.yaml")
+    settings = read_yaml(GRPO)
     limits = {name: settings[name] for name in ("max_turn_tokens", "max_completion_length")}
     model = PolicyModel(model_path, dtype="float32", device="cpu", **limits)
-    rows = [episode_row(row) for row in make_dataset(world.rows("eval", world.eval_count))]
-    task = bar.add_task(label, total=len(rows), note="")
+    task = bar.add_task(label, total=world.eval_count, note="")
     runner = model.runner(make_environment(environment, world.environment_args, model.sight))
     played = play_rows(
-        runner, rows, SamplingSettings(temperature=0.0), progress=lambda count: bar.advance(task, count)
+        runner, world.eval_rows, SamplingSettings(temperature=0.0), progress=lambda count: bar.advance(task, count)
     )
     return _figures(played, world.sheet)
 
@@ -138,28 +139,3 @@ def _figures(played: Evaluation, sheet: Sheet) -> dict[str, float]:
 
 def _holds(box: Sequence[float], ink: Sequence[float]) -> bool:
     return box[0] <= ink[0] and box[1] <= ink[1] and box[2] >= ink[2] and box[3] >= ink[3]
-
-
-def kept(path: Path, make: Any) -> dict[str, Any]:
-    """What ``make`` returned once, read from ``path`` from then on: a run that was killed goes on."""
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    made = make()
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return made
-
-
-def write_page(world: World, facts: dict[str, Any], trainer: Any) -> Path:
-    """The HTML report: curves, and whole episodes of the last generation batch with their boxes."""
-    from vt_trl.report import Episode, choose_episodes, write_report
-
-    pairs = [Episode(*pair) for pair in zip(trainer.last_rollouts, trainer.recorder.last_records, strict=True)]
-    return write_report(
-        world.out / "report.html",
-        title="vt_trl: learning where to look",
-        facts={name: value for name, value in facts.items() if name != "curve"},
-        history=trainer.state.log_history,
-        episodes=choose_episodes(pairs),
-    )
