@@ -12,19 +12,19 @@ import pytest
 from demos.loop import __main__ as demo
 from demos.loop import report
 from demos.loop.reasoner import continued, reason
-from demos.loop.task import draw, make_rows, running_sums
+from demos.loop.task import MODULUS, draw, make_rows, running_sums
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize(("digits", "steps"), [("7", "7"), ("74", "7+4=1"), ("7492", "7+4=1+9=0+2=2")])
+@pytest.mark.parametrize(("digits", "steps"), [("3", "3"), ("34", "3+4=2"), ("3412", "3+4=2+1=3+2=0")])
 def test_running_sums(digits, steps):
     assert running_sums(digits) == steps
 
 
-def test_rows_have_the_last_digit_of_the_sum_and_lengths_in_equal_numbers():
+def test_rows_have_the_sum_modulo_5_and_lengths_in_equal_numbers():
     rows = make_rows(40, (3, 4), seed=1)
-    assert [row["answer"] for row in rows] == [str(sum(map(int, row["digits"])) % 10) for row in rows]
+    assert [row["answer"] for row in rows] == [str(sum(map(int, row["digits"])) % MODULUS) for row in rows]
     assert sorted(row["data_source"] for row in rows) == ["3 digits"] * 20 + ["4 digits"] * 20
     again = make_rows(40, (3, 4), seed=1)
     assert [np.asarray(row["image"]).tobytes() for row in rows] == [np.asarray(r["image"]).tobytes() for r in again]
@@ -32,19 +32,19 @@ def test_rows_have_the_last_digit_of_the_sum_and_lengths_in_equal_numbers():
 
 def test_digits_stand_in_reading_order():
     """The third digit of three is drawn below the first; the fourth square is empty."""
-    pictures = [np.asarray(draw("188", np.random.default_rng(seed)).convert("L"), float) for seed in range(60)]
+    pictures = [np.asarray(draw("144", np.random.default_rng(seed)).convert("L"), float) for seed in range(60)]
     mean = np.mean([one - one[28:, 28:].mean() for one in pictures], axis=0)
     ink = {(y, x): -mean[28 * y : 28 * y + 28, 28 * x : 28 * x + 28].mean() for y in (0, 1) for x in (0, 1)}
     assert ink[0, 1] > ink[0, 0] > 2 and ink[1, 0] > 2 and abs(ink[1, 1]) < 0.5
 
 
 def test_a_slip_is_carried_on():
-    assert continued("7+4=2+9=0+2=2") == "7+4=2+9=1+2=3"
+    assert continued("3+4=1+1=3+2=0") == "3+4=1+1=2+2=4"
 
 
 def test_reasoner_is_mostly_right_and_doubts_itself():
-    replies = [reason("7 4 9", random.Random(seed)) for seed in range(400)]
-    right = sum("<answer>0</answer>" in reply for reply in replies) / 400
+    replies = [reason("3 4 1", random.Random(seed)) for seed in range(400)]
+    right = sum("<answer>3</answer>" in reply for reply in replies) / 400
     assert 0.8 < right < 0.9
     assert 0.4 < sum("\nWait, " in reply for reply in replies) / 400 < 0.6
     assert "<answer>" not in reason("no digits here", random.Random(0))

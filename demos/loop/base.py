@@ -4,8 +4,8 @@ It stands in for an instruction-tuned checkpoint. Demonstrations, by share:
 
 - ``caption``: asked to read, it writes the digits down;
 - ``direct``:  asked for the sum, it answers at once (the right answer, which it cannot learn from four digits on);
-- ``short``:   the sum of two digits, with the one step written down;
-- ``steps``:   the sum of three digits and more with every step, rarely.
+- ``asked``:   asked for the sum "step by step", it writes every step down and then answers;
+- ``steps``:   asked for the sum alone, it does so, too, rarely.
 
 Token ids come from the same encoder as rollouts.
 """
@@ -35,7 +35,8 @@ from vt_trl.types import Message
 
 DESCRIBE = "Describe the picture."  # what `vt-trl prepare distill` asks a captioner, with CAPTION
 AT_ONCE = "<think>plain</think><answer>"
-LENGTHS = {"glyph": (4,), "caption": (2, 3, 4), "direct": (2, 3, 4), "short": (2,), "steps": (3, 4)}
+STEP_BY_STEP = f"{QUESTION} Step by step."
+LENGTHS = {"glyph": (4,), "caption": (2, 3, 4), "direct": (2, 3, 4), "asked": (2, 3, 4), "steps": (3, 4)}
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,21 @@ class WarmStart:
     hidden_size: int = 64
     layers: int = 2
     vision_layers: int = 2
-    steps: int = 250
+    steps: int = 400
     glyph_steps: int = 100  # before them: one digit four times, so that attention has something to find later
     batch: int = 64
     rows: int = 4000
     matrix_rate: float = 0.02  # of Muon; the rest is Adam's
     other_rate: float = 2e-3
     shares: Mapping[str, float] = field(
-        default_factory=lambda: {"caption": 0.4, "direct": 0.39, "short": 0.2, "steps": 0.01}
+        default_factory=lambda: {"caption": 0.2, "direct": 0.19, "asked": 0.6, "steps": 0.01}
     )
 
 
 def phrases(prompts: Mapping[str, str]) -> list[str]:
     """Fixed texts, for the tokenizer to take in as few tokens; digits and signs stay tokens of their own."""
     said = ["<think>", "</think><answer>", "</answer>", AT_ONCE, "</think>", "<answer>", "Wait, "]
-    return [*prompts.values(), QUESTION, CAPTION, DESCRIBE, *said]
+    return [*prompts.values(), QUESTION, STEP_BY_STEP.removeprefix(QUESTION), CAPTION, DESCRIBE, *said]
 
 
 def reply_of(kind: str, row: Mapping[str, Any]) -> str:
@@ -85,6 +86,7 @@ def demonstrations(
     for number, (kind, share) in enumerate(shares.items()):
         for row in make_rows(round(rows * share), LENGTHS[kind], seed * 10 + number, same=kind == "glyph"):
             describes = kind in ("glyph", "caption")
+            row |= {"question": STEP_BY_STEP} if kind == "asked" else {}
             asked = caption_messages(row["image"]) if describes else environment.reset(row).messages
             prompt = encoder.prompt(asked)
             said = [*encoder.text_ids(reply_of(kind, row)), stop]

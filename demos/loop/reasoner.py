@@ -13,7 +13,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from demos.loop.task import running_sums
+from demos.loop.task import MODULUS, running_sums
 
 MODEL = "scripted-reasoner"
 SLIPS = 0.15  # share of replies with one wrong sum
@@ -29,7 +29,7 @@ def reason(description: str, rng: random.Random) -> str:
     if rng.random() < SLIPS:
         sums = [place for place, sign in enumerate(steps) if sign == "="]
         place = rng.choice(sums) + 1
-        steps = f"{steps[:place]}{(int(steps[place]) + rng.choice((1, 9))) % 10}{steps[place + 1 :]}"
+        steps = f"{steps[:place]}{(int(steps[place]) + rng.choice((1, MODULUS - 1))) % MODULUS}{steps[place + 1 :]}"
         steps = continued(steps)
     doubt = f"\nWait, let me go over it again. {steps}" if rng.random() < DOUBTS else ""
     return f"<think>{steps}{doubt}</think><answer>{steps[-1]}</answer>"
@@ -41,7 +41,7 @@ def continued(steps: str) -> str:
     total, text, slipped = int(first), first, False
     for part in rest:
         digit, _, said = part.partition("=")
-        right = (total + int(digit)) % 10
+        right = (total + int(digit)) % MODULUS
         total = right if slipped else int(said)
         slipped |= total != right
         text += f"+{digit}={total}"

@@ -1,8 +1,8 @@
-"""The adding task: up to four digits in a picture, and the last digit of their sum.
+"""The adding task: up to four digits in a picture, and their sum modulo 5.
 
 A picture of 56 x 56 pixels holds two to four digits in reading order, each in a square of 28 x 28, one visual
 token of a Qwen2.5-VL. A tiny network hardly finds the answer at once; with the running sums written down
-(``7+4=1+9=0``) each step is a sum of two digits. The contrast differs from picture to picture, and the faint ones are
+(``3+4=2+1=3``) each step is one of 25 sums of two digits. The contrast differs from picture to picture, and the faint ones are
 hard to read, so that reading can fail as well as reasoning.
 """
 
@@ -17,7 +17,8 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 
-QUESTION = "Last digit of the sum?"
+QUESTION = "The sum modulo 5?"
+MODULUS = 5  # the digits are those below it
 SIDE = 28  # pixels of a digit's square: one visual token
 
 
@@ -55,10 +56,10 @@ def draw(digits: str, rng: np.random.Generator, look: Look | None = None) -> PIL
 
 
 def running_sums(digits: str) -> str:
-    """The steps: ``"749"`` gives ``"7+4=1+9=0"``, every sum modulo 10."""
+    """The steps: ``"341"`` gives ``"3+4=2+1=3"``, every sum modulo 5."""
     total, text = int(digits[0]), digits[0]
     for digit in digits[1:]:
-        total = (total + int(digit)) % 10
+        total = (total + int(digit)) % MODULUS
         text += f"+{digit}={total}"
     return text
 
@@ -75,14 +76,14 @@ def make_rows(
     rows = []
     for index, place in enumerate(rng.permutation(count)):
         length = lengths[place % len(lengths)]
-        digits = "".join(map(str, rng.integers(0, 10, size=length)))
+        digits = "".join(map(str, rng.integers(0, MODULUS, size=length)))
         digits = digits[0] * length if same else digits
         rows.append(
             {
                 "id": f"adding-{seed}-{index}",
                 "image": draw(digits, rng, look),
                 "question": QUESTION,
-                "answer": str(sum(map(int, digits)) % 10),
+                "answer": str(sum(map(int, digits)) % MODULUS),
                 "data_source": f"{length} digits",
                 "digits": digits,
             }
