@@ -53,7 +53,7 @@ class WarmStart:
     matrix_rate: float = 0.02  # of Muon; the rest is Adam's
     other_rate: float = 2e-3
     shares: Mapping[str, float] = field(
-        default_factory=lambda: {"caption": 0.2, "direct": 0.19, "asked": 0.6, "steps": 0.01}
+        default_factory=lambda: {"caption": 0.2, "direct": 0.197, "asked": 0.6, "steps": 0.003}
     )
 
 
