@@ -18,7 +18,6 @@ import httpx
 import pytest
 from helpers import environment_of_its_own
 
-
 STARTED_WITHIN = 600.0  # seconds; a minute on idle cores, many times that next to other programs
 
 
@@ -61,8 +60,6 @@ def vllm_server(checkpoint: Path, log: Path, *options: str) -> Iterator[ServerPr
         process.terminate()
         try:
             process.wait(30)
-        except (
-            subprocess.TimeoutExpired
-        ):  # while it still loads, vLLM does not heed a signal, and has an engine besides
+        except subprocess.TimeoutExpired:  # it heeds no signal while it loads; its engine is another process
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
