@@ -215,6 +215,12 @@ def test_every_shipped_recipe_preflights(seven, capsys):
         assert "8,292 million weights" in printed and ("into 75.0 GiB" in printed) is (gpu is not None)
 
 
+@pytest.mark.parametrize("path", shipped.LOOPS, ids=lambda path: path.stem)
+def test_a_loops_recipe_is_told_where_it_belongs(path):
+    with pytest.raises(ConfigError, match="is the recipe of a loop: run `vt-trl loop "):
+        preflight(path)
+
+
 def test_command_says_with_its_status_whether_it_fits(shared, capsys):
     model = ("--model-config", str(shared / "qwen" / "qwen2.5-vl-7b-instruct"))
     assert (

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from conftest import picture
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm_serving import vllm_server
+from vllm_serving import STARTED_WITHIN, vllm_server
 
 from vt_trl.errors import ConfigError, EngineOutage
 from vt_trl.generation.base import Request, SamplingSettings
@@ -267,7 +267,7 @@ def test_the_real_server_samples_what_training_scores(real, checkpoints):
                 processing_class=self.processor,
                 mode="server",
                 server_base_url=url,
-                server_timeout=240.0,
+                server_timeout=STARTED_WITHIN,
             )
             return one
 
