@@ -101,9 +101,9 @@ def test_verdict_needs_every_seed():
     }
 
 
-@pytest.mark.skipif(not report.RESULTS.exists(), reason="no figures of `make demo-loop` are committed")
+@pytest.mark.skipif(not report.LOOP.exists(), reason="no figures of `make demo-loop` are committed")
 def test_the_pages_table_is_the_committed_one():
     path = ROOT / "docs" / "loop_demo.md"
     text = path.read_text(encoding="utf-8")
-    current = report.with_table(text, json.loads(report.RESULTS.read_text(encoding="utf-8")))
+    current = report.with_table(text, json.loads(report.LOOP.read_text(encoding="utf-8")))
     assert text == current, f"run `python -m demos.loop.report --write {path.name}`"

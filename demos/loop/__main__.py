@@ -19,6 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from demos.runs import single_thread
+
 if TYPE_CHECKING:
     from demos.loop.stages import Sizes, World
 
@@ -52,15 +54,6 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
     return replace(full, rounds=options.rounds or full.rounds, warm=warm, **sizes)
 
 
-def quiet() -> None:
-    import torch
-    from transformers.utils import logging
-
-    torch.set_num_threads(1)  # two seeds side by side use two cores better than one with two threads
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def run_loop(world: World) -> tuple[list[float], list[str]]:
     """The accuracy after each round, and the names of the stages that took gradients."""
     sizes, scores, trained, model = world.sizes, [], [], world.base
@@ -84,7 +77,7 @@ def run_seed(out: Path, base: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
     """The loop and both controls of one seed; what was finished is only read."""
     from demos.loop.stages import World
 
-    quiet()
+    single_thread()
     world = World(out / f"seed{seed}", base, seed, sizes)
     began = time.process_time()
     start = world.measure("base-score", base)
@@ -132,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from demos.loop.stages import make_base, provenance
 
     sizes = sizes_of(options)
-    quiet()
+    single_thread()
     base = make_base(options.out / "base", sizes, lambda done, loss: done % 50 or print(f"base {done}: {loss:.2f}"))
     work = [(options.out, base, seed, sizes) for seed in options.seeds]
     if options.jobs == 1:

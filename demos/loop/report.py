@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "loop.json"
+from demos.tables import RESULTS, put_between, show_table, table_parser
+
+LOOP = RESULTS / "loop.json"
 START = "<!-- loop table: written by `python -m demos.loop.report`, checked by tests/test_demo_loop.py -->"
 END = "<!-- end of loop table -->"
 
@@ -53,11 +55,7 @@ def claims(results: Mapping[str, Any]) -> list[tuple[str, bool]]:
 
 def with_table(text: str, results: Mapping[str, Any]) -> str:
     """``text`` with what stands between the two markers replaced."""
-    before, _, rest = text.partition(START)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"The text has no pair of markers {START} and {END}.")
-    return f"{before}{START}\n{table(results)}\n{END}{after}"
+    return put_between(text, START, END, table(results))
 
 
 def write_page(results: Mapping[str, Any], path: Path) -> Path:
@@ -99,18 +97,11 @@ def show(results: Mapping[str, Any], page: Path) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m demos.loop.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, help="a file whose table to replace; otherwise it is printed")
-    return parser.parse_args(argv)
+    return table_parser("demos.loop.report", __doc__.splitlines()[0]).parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = parse_args(argv)
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    if options.write is None:
-        print(table(results))
-    else:
-        options.write.write_text(with_table(options.write.read_text(encoding="utf-8"), results), encoding="utf-8")
+    show_table(parse_args(argv).write, table(json.loads(LOOP.read_text(encoding="utf-8"))), START, END)
 
 
 if __name__ == "__main__":

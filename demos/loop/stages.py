@@ -13,13 +13,16 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from data_prep import distill, traces
 from demos.loop.base import WarmStart, warm_start
 from demos.loop.reasoner import MODEL, ReasonerServer
 from demos.loop.task import make_dataset
 from demos.reading.stages import provenance
-from vt_trl.recipe import read_yaml
+from demos.runs import kept, overrides
+from vt_trl.yaml_file import read_yaml
 
 __all__ = ["Sizes", "World", "make_base", "provenance"]
 
@@ -60,18 +63,16 @@ class World:
 
     def stage(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """The figures of a stage: read where it was finished, else made; an unfinished one starts over."""
-        folder, mark = self.out / name, self.out / f"{name}.json"
-        if not mark.exists():
+        folder = self.out / name
+
+        def logged() -> dict[str, Any]:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            with (
-                (self.out / f"{name}.log").open("w", encoding="utf-8") as log,
-                redirect_stdout(log),
-                redirect_stderr(log),
-            ):
-                found = work(folder)
-            mark.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        found = json.loads(mark.read_text(encoding="utf-8"))
+            log = folder.with_suffix(".log")
+            with log.open("w", encoding="utf-8") as said, redirect_stdout(said), redirect_stderr(said):
+                return work(folder)
+
+        found = kept(folder.with_suffix(".json"), logged)
         self.say(f"seed {self.seed}: {name} {found}")
         return found
 
@@ -129,7 +130,7 @@ class World:
                     "samples": self.sizes.samples,
                     "hygiene": json.dumps({"dedupe": False}),  # other pictures with the same digits are no duplicates
                 }
-                return self._traces("distill", rows, folder, options)
+                return self._traces(distill, rows, folder, options)
 
         self.stage(name, work)
         return self.out / name
@@ -146,13 +147,10 @@ class World:
             "samples": self.sizes.samples,
             "temperature": 0.7,
         }
-        self.stage(name, lambda folder: self._traces("traces", rows, folder, options))
+        self.stage(name, lambda folder: self._traces(traces, rows, folder, options))
         return self.out / name
 
-    def _traces(self, step: str, rows: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
-        import importlib
-
-        module = importlib.import_module(f"data_prep.{step}")
+    def _traces(self, step: ModuleType, rows: Path, out: Path, options: dict[str, Any]) -> dict[str, Any]:
         common = {
             "dataset": rows,
             "out": out,
@@ -162,7 +160,7 @@ class World:
             "unit-rows": 128,
         }
         words = [f"--{key}={value}" for key, value in (common | options).items()]
-        module.run(module.parser().parse_args(words))
+        step.run(step.parser().parse_args(words))
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         return {"rows": report["rows"]["all"], "kept": report["rows"]["kept"], "tries": report["samples"]["all"]}
 
@@ -176,7 +174,7 @@ class World:
             per_epoch = -(-count // size)
             if examples is not None:
                 settings["max_steps"] = examples // count * per_epoch - (-(examples % count) // size)
-            trainer = sft(SFT, overrides(settings))
+            trainer = sft(SFT, overrides(**settings, disable_tqdm=True))
             epochs, rest = divmod(trainer.state.global_step, per_epoch)
             seen = epochs * count + min(rest * size, count)
             return {"traces": count, "sequences": seen, "steps": trainer.state.global_step}
@@ -189,7 +187,7 @@ class World:
 
         def work(folder: Path) -> dict[str, Any]:
             settings = {"model": model, "dataset": rows, "output_dir": folder, "seed": self.seed, "max_steps": steps}
-            trainer = train(GRPO, overrides(settings))
+            trainer = train(GRPO, overrides(**settings, disable_tqdm=True))
             curve = [round(log["accuracy"], 4) for log in trainer.state.log_history if "accuracy" in log]
             return {"sequences": self.batch * trainer.state.global_step, "accuracy": curve}
 
@@ -229,11 +227,6 @@ class World:
 def steps_share(played: Any) -> float:
     """The share of replies with a sum written down."""
     return sum("=" in one.turns[-1].text for one in played.rollouts) / len(played.rollouts)
-
-
-def overrides(settings: dict[str, Any]) -> list[str]:
-    settings = settings | {"disable_tqdm": True}
-    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
 
 def make_base(path: Path, sizes: Sizes, progress: Callable[[int, float], Any], seed: int = 0) -> Path:

@@ -2,8 +2,8 @@
 
 A picture of 56 x 56 pixels holds two to four digits in reading order, each in a square of 28 x 28, one visual
 token of a Qwen2.5-VL. A tiny network hardly finds the answer at once; with the running sums written down
-(``3+4=2+1=3``) each step is one of 25 sums of two digits. The contrast differs from picture to picture, and the faint ones are
-hard to read, so that reading can fail as well as reasoning.
+(``3+4=2+1=3``) each step is one of 25 sums of two digits. The contrast differs from picture to picture, and the faint
+ones are hard to read, so that reading can fail as well as reasoning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Look:
     font: tuple[int, ...] = (23, 25)  # font sizes
     shift: int = 1  # largest move of a digit off the centre of its square, along each axis
     paper: tuple[int, int] = (150, 190)  # mean grey of the background
-    ink: tuple[int, int] = (11, 70)  # how much darker the digits of one picture are
+    ink: tuple[int, int] = (8, 55)  # how much darker the digits of one picture are
     noise: float = 14.0  # standard deviation of the grain
 
 
