@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +13,17 @@ from PIL import Image
 from rich.progress import Progress
 
 from demos.searching import __main__ as demo
-from demos.searching import stages
-from demos.searching.base import LOCATE, phrases
+from demos.searching import cells, stages, table
+from demos.searching.base import LOCATE, box_reply, phrases
 from demos.searching.blind import UNSEEN, TextBoxEnv
 from demos.searching.task import COLOURS, QUESTION, Sheet, draw, frame_box, make_rows
 from vt_trl.data import episode_row
 from vt_trl.envs import make_environment
 from vt_trl.tiny import phrase_tokenizer
 from vt_trl.types import Done, Observation
+from vt_trl.yaml_file import read_yaml
 
+ROOT = Path(__file__).resolve().parents[1]
 SHEET = Sheet()
 
 
@@ -65,10 +69,12 @@ def test_rows_are_good_balanced_and_the_same_again():
         assert np.abs(corner - COLOURS[row["colour"]]).max() < 50  # the frame is where the row says
 
 
-def test_a_box_is_a_few_tokens_and_half_frames_can_be_written():
+def test_the_box_of_a_frame_is_a_token_and_other_boxes_can_be_written():
     tokenizer = phrase_tokenizer(phrases(SHEET))
-    lengths = {len(tokenizer(f'{{"bbox_2d": [{x}, 0, {x + 28}, 42]}}')["input_ids"]) for x in (0, 14, 28, 42, 56)}
-    assert lengths == {5}
+    lengths = {len(tokenizer(box_reply(row, SHEET))["input_ids"]) for row in make_rows(40)}
+    assert lengths == {1}
+    half = '{"bbox_2d": [14, 0, 42, 28]}'
+    assert tokenizer.decode(tokenizer(half)["input_ids"]) == half
     where, which = (tokenizer(text.format(colour="red"))["input_ids"] for text in (LOCATE, QUESTION))
     assert len(which) == 3 and where[:3] == which  # one token for a colour, whatever is asked about it
 
@@ -98,22 +104,55 @@ def test_boxes_that_show_nothing_still_count_as_looks(world):
     assert isinstance(end, Done) and end.answer == "A" and not end.faults
 
 
-def test_every_stage_runs_and_is_not_run_again(tmp_path, monkeypatch):
-    """One seed at a size that teaches nothing; the report has every promised key and admits what was missed."""
-    steps = ["--base-steps", "1", "--sft-steps", "1", "--grpo-steps", "1", "--eval-rows", "4"]
+def test_every_stage_runs_and_the_command_goes_on_from_there(tmp_path, monkeypatch):
+    """One seed at a size that teaches nothing, in this process; then the command finds all of it made."""
     monkeypatch.setattr(stages, "TRAIN_ROWS", 16)
-    monkeypatch.setattr(stages, "RATIONALES", 16)
-    monkeypatch.setattr(demo, "single_thread", lambda: None)
-    options = demo.parse_args([*steps, "--seeds", "0", "--out", str(tmp_path)])
+    monkeypatch.setattr(cells, "single_thread", lambda: None)
+    made = stages.World(tmp_path / "seed0", tmp_path / "base", seed=0, eval_count=4)
     with Progress(disable=True) as bar:
-        demo.run_base(options, bar)
-    results = {(0, cell): demo.run_cell(options, 0, cell) for cell in demo.CELLS}
-    report = demo.report_of(options, results)
-    (figures,) = report["seeds"]
-    promised = {"accuracy_before", "accuracy_after", "crop_hits", "accuracy_without_crops", "accuracy_without_sft"}
-    assert all(0 <= figures[name] <= 1 for name in promised)
-    assert not figures["targets_met"]["GRPO adds 20 points to the warm start"]
-    assert {"machine", "versions", "date"} <= set(report)
+        stages.make_base(made.base, bar, steps=1, rows=64)
+    for cell in cells.CELLS:
+        cells.run_cell(made, cell, 1, 1)
     assert "data:image/png" in (tmp_path / "seed0/report.html").read_text(encoding="utf-8")
-    monkeypatch.setattr(demo, "_train_cell", lambda *arguments: pytest.fail("it was finished"))
-    assert demo.run_cell(options, 0, "crops") == json.loads(json.dumps(results[0, "crops"]))
+    models = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    command = [sys.executable, "-m", "demos.searching", "--seeds", "0", "--out", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "missed seed 0: GRPO adds 20 points to the warm start" in run.stdout, run.stderr
+    assert len(models) == 6 and models == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    report = json.loads((tmp_path / "zoom.json").read_text(encoding="utf-8"))
+    promised = {"accuracy_before", "accuracy_after", "crop_hits", "accuracy_without_crops", "accuracy_without_sft"}
+    assert all(0 <= report["seeds"][0][name] <= 1 for name in promised)
+    assert {"machine", "versions", "date", "wall_seconds"} <= set(report)
+
+
+REPORT = {
+    "seeds": [{"seed": 3, **dict.fromkeys(table._COLUMNS, 0.25), "cells": {"crops": {"grpo_steps": 9}}}],
+    "sizes": {"eval_rows": 7},
+    "versions": {"torch": "1", "transformers": "2", "trl": "3"},
+    "wall_seconds": 600.0,
+    "machine": "a laptop",
+    "date": "today",
+}
+
+
+def test_table_has_a_line_per_seed_and_says_where_it_comes_from():
+    lines = table.table(REPORT).splitlines()
+    assert lines[2] == "| 3 | 0.25 | 0.25 | 0.25 | 0.25 | 0.25 |" and len({line.count("|") for line in lines[:3]}) == 1
+    assert "7 held-out pictures" in lines[-1] and "9 GRPO steps" in lines[-1] and "10 minutes; a laptop" in lines[-1]
+
+
+def test_the_pages_table_is_the_committed_one():
+    path = ROOT / "docs" / "environments.md"
+    text = path.read_text(encoding="utf-8")
+    assert text == table.with_table(text, table.load_report()), (
+        "run `python -m demos.searching.table --write docs/environments.md`"
+    )
+
+
+def test_the_committed_run_met_its_targets():
+    """Recomputed from the figures, which are those of the recipes as they stand."""
+    report = table.load_report()
+    assert [one["seed"] for one in report["seeds"]] == [0, 1, 2] and report["wall_seconds"] <= 30 * 60
+    for one in report["seeds"]:
+        assert all(demo.targets(one).values()) and demo.targets(one) == one["targets_met"]
+        assert one["cells"]["crops"]["grpo_steps"] == read_yaml(stages.GRPO)["max_steps"]

@@ -25,3 +25,37 @@ class Muon(torch.optim.Optimizer):
                     wide = 3.4445 * wide + (-4.775 * square + 2.0315 * square @ square) @ wide
                 update = wide if update.shape[0] <= update.shape[1] else wide.T
                 weight.add_(update, alpha=-group["lr"] * max(1, weight.shape[0] / weight.shape[1]) ** 0.5)
+<<<<<<< HEAD
+=======
+
+
+class MuonAndAdam:
+    """Muon for the matrices of a model, AdamW for its embeddings and vectors, each with its own learning rate."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        matrix_rate: float,
+        other_rate: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.01,
+    ):
+        def is_matrix(name: str, weight: torch.Tensor) -> bool:
+            return weight.ndim == 2 and "embed" not in name
+
+        weights = list(model.named_parameters())
+        matrices = [weight for name, weight in weights if is_matrix(name, weight)]
+        others = [weight for name, weight in weights if not is_matrix(name, weight)]
+        self._parameters = [*matrices, *others]
+        self._rates = (matrix_rate, other_rate)
+        adam = torch.optim.AdamW(others, lr=other_rate, betas=betas, weight_decay=weight_decay)
+        self._optimizers = (Muon(matrices, {"lr": matrix_rate}), adam)
+
+    def step(self, scale: float) -> None:
+        """One update at ``scale`` times the learning rates, the gradient's norm clipped to 1; clears the gradients."""
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * scale
+            optimizer.step()
+            optimizer.zero_grad()
+>>>>>>> main

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from vt_trl.judges.base import Case
 from vt_trl.judges.local import LocalJudge
 from vt_trl.judges.prompt import RUBRIC, YES_NO_REPLY
-from vt_trl.muon import Muon
+from vt_trl.muon import MuonAndAdam
 from vt_trl.tiny import HEAD
 from vt_trl.tiny_cases import Cases, is_right
 
@@ -225,17 +225,10 @@ def _fit(
     steps: int,
     progress: Callable[[int, float], Any],
 ) -> None:
-    matrices = [w for name, w in model.named_parameters() if w.ndim == 2 and "embed" not in name]
-    others = [w for name, w in model.named_parameters() if w.ndim != 2 or "embed" in name]
-    optimizers = [
-        Muon(matrices, {"lr": size.matrix_rate}),
-        torch.optim.AdamW(others, lr=size.other_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    optimizer = MuonAndAdam(model, size.matrix_rate, size.other_rate, betas=(0.9, 0.98), weight_decay=0.0)
     model.train()
     for step, (ids, labels) in enumerate(batches):
         rate = min(1.0, (step + 1) / 50) * min(1.0, 2 * (1 - step / steps) + 0.02)
-        for optimizer, base in zip(optimizers, (size.matrix_rate, size.other_rate), strict=True):
-            optimizer.param_groups[0]["lr"] = base * rate
         hidden = model.model(ids, use_cache=False).last_hidden_state
         trained = labels >= 0
         last = trained & (trained.flip(1).cumsum(1).flip(1) == 1)
@@ -244,10 +237,7 @@ def _fit(
         if along.any():
             loss = loss + F.cross_entropy(model.lm_head(hidden[along]), labels[along])
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step(rate)
         progress(step + 1, loss.item())
 
 

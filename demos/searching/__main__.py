@@ -14,14 +14,10 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from demos.reading.__main__ import progress_bar
-from demos.runs import kept, single_thread, write_page
-
-CELLS = ("crops", "no_crops", "no_sft")  # the longest first
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,14 +33,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _world(options: argparse.Namespace, seed: int) -> Any:
-    from demos.searching.stages import World
-
-    out = options.out / f"seed{seed}"
-    out.mkdir(parents=True, exist_ok=True)
-    return World(out, options.out / "base", seed, options.eval_rows)
-
-
 def run_base(options: argparse.Namespace, bar: Any) -> None:
     """Make the base model, unless it is there."""
     from demos.searching import stages
@@ -58,57 +46,27 @@ def run_base(options: argparse.Namespace, bar: Any) -> None:
     (base / "unfinished").unlink()
 
 
-def run_cell(options: argparse.Namespace, seed: int, cell: str) -> dict[str, Any]:
-    """Train and measure one cell of a seed; one that was finished is only read."""
-    single_thread()
-    world = _world(options, seed)
-    return kept(world.out / f"{cell}.json", partial(_train_cell, options, world, cell))
-
-
-def _train_cell(options: argparse.Namespace, world: Any, cell: str) -> dict[str, Any]:
-    from rich.progress import Progress
-
-    from demos.searching import stages
-
-    bar = Progress(disable=True)
-    environment = stages.BLIND if cell == "no_crops" else "zoom"
-    started, figures, model = time.perf_counter(), {}, world.base
-    if cell != "no_sft":
-        model = world.out / f"{cell}-sft"
-        stages.run_sft(world, model, environment, options.sft_steps)
-    figures["before"] = stages.measure(world, model, environment, bar, cell)
-    trained = world.out / f"{cell}-grpo"
-    trainer = stages.run_grpo(world, model, trained, environment, options.grpo_steps, bar, cell)
-    figures["after"] = stages.measure(world, trained, environment, bar, cell)
-    figures["grpo_steps"] = trainer.state.global_step
-    logs = [log for log in trainer.state.log_history if "reward" in log]
-    names = ("accuracy", "request_rate", "reward")
-    figures["curve"] = {name: [round(float(log[name]), 4) for log in logs if name in log] for name in names}
-    figures["seconds"] = round(time.perf_counter() - started, 1)
-    if cell == "crops":
-        facts = {name: value for name, value in figures.items() if name != "curve"}
-        write_page(world.out / "report.html", "vt_trl: learning where to look", facts, trainer)
-    return figures
-
-
 def run_all(options: argparse.Namespace) -> dict[tuple[int, str], dict[str, Any]]:
     """The base model first, with all threads, then every cell, ``--jobs`` at a time."""
     import torch
 
     from demos.searching import stages
+    from demos.searching.cells import CELLS, run_cell  # of a module that a spawned process finds, unlike __main__
 
     torch.set_num_threads(options.jobs)
-    results = {}
+    base, results = options.out / "base", {}
+    worlds = {seed: stages.World(options.out / f"seed{seed}", base, seed, options.eval_rows) for seed in options.seeds}
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with progress_bar() as bar, ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         run_base(options, bar)
-        for seed in options.seeds:  # before the cells, which share them
-            world = _world(options, seed)
+        for world in worlds.values():  # before the cells, which share them
             stages.save_rationales(world)
             stages.save_train_rows(world)
         task = bar.add_task("training runs", total=len(options.seeds) * len(CELLS), note="")
         futures = {
-            pool.submit(run_cell, options, seed, cell): (seed, cell) for cell in CELLS for seed in options.seeds
+            pool.submit(run_cell, world, cell, options.sft_steps, options.grpo_steps): (seed, cell)
+            for cell in CELLS
+            for seed, world in worlds.items()
         }
         for future in as_completed(futures):
             results[futures[future]] = future.result()
@@ -119,6 +77,7 @@ def run_all(options: argparse.Namespace) -> dict[tuple[int, str], dict[str, Any]
 def report_of(options: argparse.Namespace, results: dict[tuple[int, str], dict[str, Any]]) -> dict[str, Any]:
     """The figures of every seed, and what the demo promises against them."""
     from demos.reading.stages import provenance
+    from demos.searching.cells import CELLS
 
     seeds = []
     for seed in options.seeds:
