@@ -25,8 +25,6 @@ class Muon(torch.optim.Optimizer):
                     wide = 3.4445 * wide + (-4.775 * square + 2.0315 * square @ square) @ wide
                 update = wide if update.shape[0] <= update.shape[1] else wide.T
                 weight.add_(update, alpha=-group["lr"] * max(1, weight.shape[0] / weight.shape[1]) ** 0.5)
-<<<<<<< HEAD
-=======
 
 
 class MuonAndAdam:
@@ -58,4 +56,3 @@ class MuonAndAdam:
             optimizer.param_groups[0]["lr"] = rate * scale
             optimizer.step()
             optimizer.zero_grad()
->>>>>>> main

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import time
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from demos.runs import single_thread
 
 if TYPE_CHECKING:
-    from demos.loop.stages import Sizes, World
+    from demos.loop.stages import Sizes
 
 RESULTS = Path("docs/results")
 
@@ -69,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     began = time.perf_counter()
     # Idle threads sleep instead of spinning: next to other programs, spinning made a step ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from demos.loop.arms import run_seed  # of a module that a spawned process finds, unlike __main__
     from demos.loop.report import show, write_page
     from demos.loop.stages import make_base, provenance
 

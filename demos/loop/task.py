@@ -29,7 +29,7 @@ class Look:
     font: tuple[int, ...] = (23, 25)  # font sizes
     shift: int = 1  # largest move of a digit off the centre of its square, along each axis
     paper: tuple[int, int] = (150, 190)  # mean grey of the background
-    ink: tuple[int, int] = (8, 55)  # how much darker the digits of one picture are
+    ink: tuple[int, int] = (11, 70)  # how much darker the digits of one picture are
     noise: float = 14.0  # standard deviation of the grain
 
 
