@@ -37,10 +37,10 @@ class Sizes:
     """How much of everything. Every row count is of different pictures."""
 
     rounds: int = 3
-    seed_rows: int = 256  # questions of which seed traces are written
+    seed_rows: int = 64  # questions of which seed traces are written
     pool_rows: int = 256  # questions of which a trained model writes its own traces
-    medium_steps: int = 12
-    hard_steps: int = 12
+    medium_steps: int = 20
+    hard_steps: int = 20
     samples: int = 4  # tries per row when traces are written
     eval_rows: int = 400
     warm: WarmStart = WarmStart()
