@@ -15,6 +15,7 @@ import pytest
 from conftest import picture
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from helpers import CALL, SHORT_PROMPTS, Script, answer
+from test_env_zoom import call
 
 pytest.importorskip("lmms_eval")
 
@@ -154,6 +155,22 @@ def test_a_text_alone_and_several_pictures_are_played(make):
     lm = make(lambda index, context: answer(str(index)), batch_size=4, max_turn_tokens=99)
     assert texts(lm.generate_until(requests(3, 2, 0))) == ["0", "1", "2"]
     assert lm.player.tally.visual_tokens == [0, 8, 4] and not lm.player.tally.refused
+
+
+@pytest.mark.parametrize("policy", ["zoom", "look"])
+def test_environments_that_look_are_played_by_name(make, said, policy):
+    """A box, its crop in a second turn, an answer. A picture of 112 x 112 is shown at half of each side: 4 tokens."""
+    box = call([0, 0, 28, 56], image=1) if policy == "look" else call([0, 0, 28, 56])
+    lm = make(
+        lambda index, context: answer("seen") if "28, 56]" in context else box,
+        policy=policy,
+        environment_args=json.dumps({"turns": 3, "min_pixels": 3136}),
+        max_turn_tokens=99,
+    )
+    assert lm.player.policy == policy
+    assert texts(lm.generate_until(requests(0, 1))) == ["seen", "seen"]
+    assert lm.player.tally.asked == 2 and all(count > 4 for count in lm.player.tally.visual_tokens)
+    assert any("2 questions played (2 answered); looked again in 100.0%" in line for line in said)
 
 
 def test_what_cannot_be_shown_is_empty_counted_and_said(make, said):

@@ -41,10 +41,9 @@ class MuonAndAdam:
         def is_matrix(name: str, weight: torch.Tensor) -> bool:
             return weight.ndim == 2 and "embed" not in name
 
-        weights = list(model.named_parameters())
-        matrices = [weight for name, weight in weights if is_matrix(name, weight)]
-        others = [weight for name, weight in weights if not is_matrix(name, weight)]
-        self._parameters = [*matrices, *others]
+        matrices = [weight for name, weight in model.named_parameters() if is_matrix(name, weight)]
+        others = [weight for name, weight in model.named_parameters() if not is_matrix(name, weight)]
+        self._parameters = list(model.parameters())
         self._rates = (matrix_rate, other_rate)
         adam = torch.optim.AdamW(others, lr=other_rate, betas=betas, weight_decay=weight_decay)
         self._optimizers = (Muon(matrices, {"lr": matrix_rate}), adam)

@@ -113,9 +113,9 @@ def print_summary(report: dict[str, Any], path: Path) -> None:
     from rich.table import Table
 
     names = [name for name, value in report["seeds"][0].items() if isinstance(value, float)]
-    table = Table(title="Held-out pictures, greedy")
+    table = Table(title="Accuracy on held-out pictures, greedy, and share of crops that hold the letter")
     for column in ("seed", *names):
-        table.add_column(column)
+        table.add_column(column.removeprefix("accuracy_"))
     for figures in report["seeds"]:
         table.add_row(str(figures["seed"]), *(f"{figures[name]:.3f}" for name in names))
     console = Console()
