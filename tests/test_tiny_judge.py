@@ -41,10 +41,7 @@ def test_it_compares_short_strings_it_has_not_seen(judge):
 def test_it_tells_the_letters_of_the_reading_task_apart(judge):
     cases = [Case.of("Which letter?", gold, given) for gold in LETTERS for given in LETTERS]
     found = [one.verdict is Verdict.RIGHT for one in ask(judge, *cases)]
-    right = [is_right(case) for case in cases]
-    assert all(one for one, expected in zip(found, right, strict=True) if expected)
-    # Its training is chaotic: rounding, which differs from processor to processor, decides which pair comes out wrong.
-    assert sum(one != expected for one, expected in zip(found, right, strict=True)) <= 2
+    assert found == [is_right(case) for case in cases]
 
 
 def test_yes_and_no_are_nearly_all_it_says(tiny_judge):
