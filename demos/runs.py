@@ -11,11 +11,13 @@ from vt_trl.whole import write_whole
 
 
 def single_thread() -> None:
-    """One thread for this process: two runs side by side use two cores better than one run with two threads."""
+    """One thread for this process: two runs side by side use two cores better than one run with two threads. No bars."""
+    import datasets
     import torch
     from transformers.utils import logging
 
     torch.set_num_threads(1)
+    datasets.disable_progress_bars()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

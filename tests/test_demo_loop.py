@@ -63,7 +63,7 @@ def test_every_arm_gets_the_same_rows_and_as_many_sequences(results):
     out, _, found = results
     (seed,) = json.loads((out / "loop.json").read_text(encoding="utf-8"))["seeds"]
     assert seed == json.loads(json.dumps(found["seeds"][0]))
-    assert len(seed["rounds"]) == 2 and {"base", "rl_only", "sft_only"} <= set(seed)
+    assert len(seed["rounds"]) == 2 and {"base", *report.CONTROLS} <= set(seed)
     loop = seed["sequences"]["loop"]
     parts = [
         stage["sequences"] for name, stage in seed["stages"].items() if name.startswith("r") and "sequences" in stage
@@ -72,15 +72,19 @@ def test_every_arm_gets_the_same_rows_and_as_many_sequences(results):
     rewarded = sum(seed["stages"][name]["sequences"] for name in controls)
     assert sum(parts) - rewarded == loop and seed["sequences"]["rl_only"] == rewarded
     assert loop <= rewarded < loop + 64
-    assert abs(seed["sequences"]["sft_only"] - loop) < 32
+    assert all(abs(seed["sequences"][name] - loop) < 32 for name in ("sft_only", "sft_seed_only"))
+    assert seed["stages"]["sft-seed-only"]["traces"] == seed["stages"]["r1-traces"]["kept"]
     assert seed["stages"]["sft-only-traces"]["rows"] == seed["rows"]
 
 
-def test_the_page_says_what_was_not_reached(results):
-    out, _, found = results
-    page = (out / "loop.html").read_text(encoding="utf-8")
+@pytest.mark.parametrize("reached", [True, False])
+def test_the_page_says_what_was_reached_and_what_was_not(results, tmp_path, reached):
+    found = {**results[2], "met": {"better than SFT alone": reached}}
+    page = report.write_page(found, tmp_path / "loop.html").read_text(encoding="utf-8")
     assert page.count("data:image/svg+xml") == 1
-    assert not all(found["met"].values()) and "no, not in every seed" in page
+    assert ("<dd>yes, in every seed</dd>" in page) is reached and (
+        "<dd>no, not in every seed</dd>" in page
+    ) is not reached
 
 
 def test_what_was_finished_is_not_run_again(results, monkeypatch):
@@ -91,13 +95,14 @@ def test_what_was_finished_is_not_run_again(results, monkeypatch):
 
 
 def test_verdict_needs_every_seed():
-    good = {"base": 0.1, "rounds": [0.2, 0.3], "rl_only": 0.25, "sft_only": 0.2}
+    good = {"base": 0.1, "rounds": [0.2, 0.3], "rl_only": 0.25, "sft_only": 0.2, "sft_seed_only": 0.1}
     assert all(demo.verdict([good]).values())
     worse = {**good, "rl_only": 0.3}
     assert demo.verdict([good, worse]) == {
         "accuracy rises over two rounds": True,
         "better than GRPO alone": False,
         "better than SFT alone": True,
+        "better than SFT on the seed traces": True,
     }
 
 

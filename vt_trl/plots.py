@@ -170,10 +170,11 @@ def plot_shares(groups: Mapping[str, Mapping[str, int]], title: str) -> Drawn:
     return Drawn(file.getvalue(), f"{title} by source: {said}")
 
 
-def plot_rounds(seeds: Sequence[Mapping[str, Any]], title: str) -> Drawn:
+def plot_rounds(seeds: Sequence[Mapping[str, Any]], controls: Mapping[str, str], title: str) -> Drawn:
     """Accuracy after each round of a loop, seeds thin and their mean thick, beside controls as level lines.
 
-    ``seeds``: one mapping each with ``base``, ``rounds`` (a list), ``rl_only`` and ``sft_only``, shares from 0 to 1.
+    ``seeds``: one mapping each with ``base``, ``rounds`` (a list) and the names of ``controls``, shares from 0 to 1.
+    ``controls``: at most three, what each is called on the page.
     """
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     ax = figure.subplots()
@@ -186,8 +187,7 @@ def plot_rounds(seeds: Sequence[Mapping[str, Any]], title: str) -> Drawn:
     ax.plot(range(len(average)), average, color=_COLOURS["easy"], linewidth=2.4, marker="o", label="loop")
     ax.set_xticks(range(len(average)))
     said = [f"loop from {average[0]:.2f} to {average[-1]:.2f}"]
-    controls = (("GRPO alone", "rl_only", _COLOURS["hard"]), ("SFT alone", "sft_only", _OTHERS[0]))
-    for label, name, colour in controls:
+    for (name, label), colour in zip(controls.items(), (_COLOURS["hard"], *_OTHERS), strict=False):
         for seed in seeds:
             ax.axhline(seed[name], color=colour, linewidth=0.8, alpha=0.35)
         level = mean(seed[name] for seed in seeds)

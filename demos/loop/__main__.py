@@ -1,8 +1,9 @@
 """``make demo-loop``: a tiny model improves itself on a CPU by the loop of OpenVLThinker (arXiv 2503.17352).
 
 Per round: SFT from the base model on the newest traces -> GRPO on medium rows -> GRPO on hard rows -> the better model
-writes the next traces. Beside it, GRPO alone and SFT alone on the same rows and as many sequences. Writes
-``loop.json`` and ``loop.html``. A run that was stopped goes on with the stages that are missing.
+writes the next traces. Beside it, GRPO alone and SFT alone on the same rows and as many sequences, and SFT on the
+loop's seed traces. Writes ``loop.json`` and ``loop.html``. A run that was stopped goes on with the stages that are
+missing.
 """
 
 from __future__ import annotations
@@ -55,10 +56,11 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
 
 def verdict(seeds: Sequence[dict[str, Any]]) -> dict[str, bool]:
     """What the loop was to show, as measured: in every seed."""
+    from demos.loop.report import CONTROLS
+
     return {
         "accuracy rises over two rounds": all(s["base"] < s["rounds"][0] < s["rounds"][1] for s in seeds),
-        "better than GRPO alone": all(s["rounds"][-1] > s["rl_only"] for s in seeds),
-        "better than SFT alone": all(s["rounds"][-1] > s["sft_only"] for s in seeds),
+        **{f"better than {said}": all(s["rounds"][-1] > s[name] for s in seeds) for name, said in CONTROLS.items()},
     }
 
 

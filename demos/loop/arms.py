@@ -1,4 +1,4 @@
-"""The three arms of one seed: the loop, GRPO alone and SFT alone on the same rows. Runs in a process of its own."""
+"""The arms of one seed: the loop, and what it is compared with. Runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_loop(world: World) -> tuple[list[float], list[str]]:
 
 
 def run_seed(out: Path, base: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
-    """The loop and both controls of one seed; what was finished is only read."""
+    """The loop and its controls; what was finished is only read."""
     single_thread()
     world = World(out / f"seed{seed}", base, seed, sizes)
     began = time.process_time()
@@ -41,10 +41,12 @@ def run_seed(out: Path, base: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
     total = world.spent(*trained)
     everything = world.all_rows()
     taught = world.sft("sft-only", world.distill("sft-only-traces", everything), total)
+    again = world.sft("sft-seed-only", world.out / "r1-traces", total)
     steps = math.ceil(total / world.batch)
     rewarded = world.grpo("rl-only-medium", base, world.only(everything, "medium"), steps // 2)
     rewarded = world.grpo("rl-only-hard", rewarded, world.only(everything, "hard"), steps - steps // 2)
-    found = {"rl_only": world.measure("rl-only-score", rewarded), "sft_only": world.measure("sft-only-score", taught)}
+    controls = {"rl_only": rewarded, "sft_only": taught, "sft_seed_only": again}
+    found = {name: world.measure(f"{name.replace('_', '-')}-score", model) for name, model in controls.items()}
     stages = {path.stem: json.loads(path.read_text()) for path in sorted(world.out.glob("*.json"))}
     return {
         "seed": seed,
@@ -55,6 +57,7 @@ def run_seed(out: Path, base: Path, seed: int, sizes: Sizes) -> dict[str, Any]:
             "loop": total,
             "rl_only": world.spent("rl-only-medium", "rl-only-hard"),
             "sft_only": world.spent("sft-only"),
+            "sft_seed_only": world.spent("sft-seed-only"),
         },
         "rows": world.count(everything),
         "stages": stages,

@@ -16,14 +16,16 @@ from demos.tables import RESULTS, put_between, show_table, table_parser
 LOOP = RESULTS / "loop.json"
 START = "<!-- loop table: written by `python -m demos.loop.report`, checked by tests/test_demo_loop.py -->"
 END = "<!-- end of loop table -->"
+# What the loop is compared with, in the results' terms and in words.
+CONTROLS = {"rl_only": "GRPO alone", "sft_only": "SFT alone", "sft_seed_only": "SFT on the seed traces"}
 
 
 def lines(results: Mapping[str, Any]) -> list[list[str]]:
     """The table's cells, headings first: a row per seed and one of means."""
     seeds = results["seeds"]
     count = len(seeds[0]["rounds"])
-    heads = ["seed", "base", *(f"round {number}" for number in range(1, count + 1)), "GRPO alone", "SFT alone"]
-    rows = [[s["base"], *s["rounds"], s["rl_only"], s["sft_only"]] for s in seeds]
+    heads = ["seed", "base", *(f"round {number}" for number in range(1, count + 1)), *CONTROLS.values()]
+    rows = [[s["base"], *s["rounds"], *(s[name] for name in CONTROLS)] for s in seeds]
     mean = [sum(column) / len(column) for column in zip(*rows, strict=True)]
     names = [*(str(s["seed"]) for s in seeds), "mean"]
     return [heads, *([name, *(f"{v:.3f}" for v in row)] for name, row in zip(names, [*rows, mean], strict=True))]
@@ -42,7 +44,7 @@ def table(results: Mapping[str, Any]) -> str:
     text += [
         "",
         f"Greedy answers to {about['sizes']['eval_rows']} held-out pictures per seed. Sequences that gradients were "
-        f"taken on (seed {first['seed']}): {spent}; {first['rows']} rows for every arm. "
+        f"taken on (seed {first['seed']}): {spent}. Rows: {first['rows']}. "
         f"{about['wall_seconds'] / 60:.0f} minutes; {about['machine']}; {versions}; {about['date']}; "
         f"[loop.json](results/loop.json), `{about['command']}`.",
     ]
@@ -64,7 +66,7 @@ def write_page(results: Mapping[str, Any], path: Path) -> Path:
     from vt_trl.plots import plot_rounds
     from vt_trl.transcripts.show import environment
 
-    drawn = plot_rounds(results["seeds"], "Held-out accuracy")
+    drawn = plot_rounds(results["seeds"], CONTROLS, "Held-out accuracy")
     heads, *rows = lines(results)
     page = environment().get_template("loop_demo.html.j2")
     text = page.render(

@@ -73,7 +73,8 @@ class World:
                 return work(folder)
 
         found = kept(folder.with_suffix(".json"), logged)
-        self.say(f"seed {self.seed}: {name} {found}")
+        single = {key: value for key, value in found.items() if not isinstance(value, list)}  # curves are on the page
+        self.say(f"seed {self.seed}: {name} {single}")
         return found
 
     def rows(self, name: str, count: int) -> Path:
