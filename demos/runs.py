@@ -11,7 +11,7 @@ from vt_trl.whole import write_whole
 
 
 def single_thread() -> None:
-    """One thread for this process: two runs side by side use two cores better than one run with two threads. No bars."""
+    """One thread for this process: two runs side by side use two cores better than one with two threads. No bars."""
     import datasets
     import torch
     from transformers.utils import logging
