@@ -54,16 +54,6 @@ def sizes_of(options: argparse.Namespace) -> Sizes:
     return replace(full, rounds=options.rounds or full.rounds, warm=warm, **sizes)
 
 
-def verdict(seeds: Sequence[dict[str, Any]]) -> dict[str, bool]:
-    """What the loop was to show, as measured: in every seed."""
-    from demos.loop.report import CONTROLS
-
-    return {
-        "accuracy rises over two rounds": all(s["base"] < s["rounds"][0] < s["rounds"][1] for s in seeds),
-        **{f"better than {said}": all(s["rounds"][-1] > s[name] for s in seeds) for name, said in CONTROLS.items()},
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the demo; returns the results."""
     options = parse_args(argv)
@@ -71,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # Idle threads sleep instead of spinning: next to other programs, spinning made a step ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from demos.loop.arms import run_seed  # of a module that a spawned process finds, unlike __main__
-    from demos.loop.report import show, write_page
+    from demos.loop.report import show, verdict, write_page
     from demos.loop.stages import make_base, provenance
 
     sizes = sizes_of(options)
