@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from benchmarks import growth, step
+from benchmarks import growth, performance_page, step
 from benchmarks.step_flops import our_operations, stock_operations
 from benchmarks.step_work import FULL, LEVERS, TEST, make_checkpoint, make_rollouts
 from vt_trl.preflight.counts import count, widths
@@ -99,21 +99,22 @@ def test_the_fitted_speed_is_exact_where_the_model_is(speeds):
 
 
 def test_committed_figures_are_those_of_the_pages():
-    report = json.loads((RESULTS / "benchmark_step.json").read_text(encoding="utf-8"))
-    grown = json.loads((RESULTS / "benchmark_growth.json").read_text(encoding="utf-8"))
+    report, grown = performance_page.read_reports()
     readme = (RESULTS.parent.parent / "benchmarks" / "README.md").read_text(encoding="utf-8")
     page = (RESULTS.parent / "performance.md").read_text(encoding="utf-8")
+    command = "python -m benchmarks.performance_page --write docs/performance.md"
+    assert page == performance_page.with_figures(page, report, grown), f"run `{command}`"
     for rate, found in report["rates"].items():
         ours, stock = found["ways"]["vt_trl"], found["ways"]["stock"]
-        ratio, low, high = ours["ratio_training"]
-        assert report["ratio_update"][rate] == ratio
+        assert report["ratio_update"][rate] == ours["ratio_training"][0]
         assert f"| step | update, s, {rate}% ask | {ours['training']:.1f} | {stock['training']:.1f} |" in readme
-        assert f"| {rate}% | {ratio:.2f} ({low:.2f}-{high:.2f}) |" in page
-    for name, ways in report["rates"]["40"]["ways"].items():
-        ratio, low, high = ways["ratio_training"]
-        assert f"| {name} | {ratio:.2f} ({low:.2f}-{high:.2f}) | {ways['peak_mib']:.0f} |" in page
-    for figure in (report["ratio_preprocess"], report["ratio_pixels"], report["ratio_peak_memory"]):
-        assert f"{figure:.1f} times" in page
-    for one in grown["points"]:
-        assert f"| {one['sweep']} | {one['value']} | {one['ratio'][0]:.2f} | {one['ratio_on_paper']:.2f} |" in page
     assert grown["versions"]["trl"] == report["versions"]["trl"] == "1.16.0"
+
+
+def test_a_report_without_an_engine_is_no_page():
+    report, grown = performance_page.read_reports()
+    blocks = map(performance_page.marks, ("update", "levers", "engine", "growth"))
+    page = "\n".join(mark for pair in blocks for mark in pair)
+    assert "| rollout of a group, s |" in performance_page.with_figures(page, report, grown)
+    with pytest.raises(ValueError, match="without vLLM"):
+        performance_page.with_figures(page, report | {"engine": None}, grown)
