@@ -52,7 +52,7 @@ def engine_table(step: Mapping[str, Any]) -> str:
     if step.get("engine") is None:
         raise ValueError(f"{STEP.name} was made without vLLM: run its command where vLLM is installed.")
     rows = "\n".join(
-        "| {}% | {:.1f} | {:.1f} | {:.3f} | {:.3f} |".format(
+        "| {}% | {:.2f} | {:.2f} | {:.3f} | {:.3f} |".format(
             rate, *(found[phase][way] for phase in ("rollout", "sync") for way in ("vt_trl", "stock"))
         )
         for rate, found in step["engine"].items()
