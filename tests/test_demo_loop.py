@@ -53,9 +53,9 @@ def test_reasoner_is_mostly_right_and_doubts_itself():
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Two rounds with a handful of rows and two steps of everything."""
-    out = tmp_path_factory.mktemp("loop")
+    out = tmp_path_factory.mktemp("loop") / "not" / "there"
     arguments = ["--seeds", "0", "--rounds", "2", "--small", "0.01", "--jobs", "1"]
-    arguments += ["--out", str(out / "run"), "--results", str(out)]
+    arguments += ["--out", str(out)]
     return out, arguments, demo.main(arguments)
 
 
@@ -91,6 +91,12 @@ def test_what_was_finished_is_not_run_again(results, monkeypatch):
     monkeypatch.setattr("vt_trl.run.train", None)
     monkeypatch.setattr("vt_trl.sft.sft", None)
     assert demo.main(arguments)["seeds"][0]["rounds"] == found["seeds"][0]["rounds"]
+
+
+def test_a_run_of_other_sizes_is_not_gone_on_with(results):
+    _, arguments, _ = results
+    with pytest.raises(SystemExit, match="other sizes"):
+        demo.main([*arguments, "--rounds", "3"])
 
 
 def test_verdict_needs_every_seed():

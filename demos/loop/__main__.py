@@ -2,8 +2,8 @@
 
 Per round: SFT from the base model on the newest traces -> GRPO on medium rows -> GRPO on hard rows -> the better model
 writes the next traces. Beside it, GRPO alone and SFT alone on the same rows and as many sequences, and SFT on the
-loop's seed traces. Writes ``loop.json`` and ``loop.html``. A run that was stopped goes on with the stages that are
-missing.
+loop's seed traces. Writes ``loop.json`` and ``loop.html`` into ``runs/loop``. A run that was stopped goes on with the
+stages that are missing.
 """
 
 from __future__ import annotations
@@ -19,19 +19,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from demos.runs import single_thread
+from demos.runs import kept, single_thread
 
 if TYPE_CHECKING:
     from demos.loop.stages import Sizes
-
-RESULTS = Path("docs/results")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demos.loop", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("runs/loop"), help="models, rows and traces")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for loop.json and loop.html")
+    parser.add_argument("--out", type=Path, default=Path("runs/loop"), help="models, rows, traces and results")
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--small", type=float, default=1.0, help="share of all sizes, for a quick look")
     parser.add_argument("--jobs", type=int, default=2, help="seeds side by side, one thread each")
@@ -65,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     from demos.loop.stages import make_base, provenance
 
     sizes = sizes_of(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    begun = kept(options.out / "sizes.json", lambda: asdict(sizes))
+    if begun != json.loads(json.dumps(asdict(sizes))):
+        raise SystemExit(f"{options.out} holds a run of other sizes (sizes.json): remove it, or give another --out.")
     single_thread()
     base = make_base(options.out / "base", sizes, lambda done, loss: done % 50 or print(f"base {done}: {loss:.2f}"))
     work = [(options.out, base, seed, sizes) for seed in options.seeds]
@@ -77,9 +78,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     about = {"wall_seconds": round(time.perf_counter() - began, 1), "jobs": options.jobs, "sizes": asdict(sizes)}
     about |= {"command": "make demo-loop", **provenance()}
     results = {"seeds": seeds, "met": verdict(seeds), "about": about}
-    options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "loop.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    show(results, write_page(results, options.results / "loop.html"))
+    (options.out / "loop.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    show(results, write_page(results, options.out / "loop.html"))
     return results
 
 
