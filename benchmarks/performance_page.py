@@ -1,6 +1,6 @@
 """The figures of docs/performance.md, from the committed reports of ``benchmarks.step`` and ``benchmarks.growth``.
 
-python -m benchmarks.performance_page --write docs/performance.md
+python -m benchmarks.performance_page
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from demos.tables import RESULTS, put_between
 
 STEP, GROWTH = RESULTS / "benchmark_step.json", RESULTS / "benchmark_growth.json"
+PAGE = RESULTS.parent / "performance.md"
 AT = "40"  # the request rate at which levers are switched off
 
 
@@ -96,7 +97,7 @@ def read_reports() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.performance_page", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, required=True, help="the page whose figures to replace")
+    parser.add_argument("--write", type=Path, default=PAGE, help="the page whose figures to replace")
     return parser.parse_args(argv)
 
 

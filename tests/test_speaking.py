@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import picture
 from hypothesis import given
 from hypothesis import strategies as st
+from minds import make_mind
 from test_traces import rejected, write_rows
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from data_prep import difficulty, distill, traces
 from data_prep.describing import CAPTION, REASON
@@ -33,25 +32,7 @@ def _cache(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def mind(tmp_path_factory) -> Path:
-    """A text-only Qwen3 of a few thousand random weights, with rows of its head that no token has."""
-    folder = tmp_path_factory.mktemp("mind")
-    tokenizer = judge_tokenizer()
-    tokenizer.save_pretrained(folder)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer) + 40,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
+    return make_mind(tmp_path_factory.mktemp("mind"))
 
 
 LOCAL = {"backend": "transformers", "device": "cpu", "max_batch": 8}
