@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from demos.tables import RESULTS, put_between
+from demos.tables import RESULTS, made_on, put_between
 
 STEP, GROWTH = RESULTS / "benchmark_step.json", RESULTS / "benchmark_growth.json"
 PAGE = RESULTS.parent / "performance.md"
@@ -38,14 +38,13 @@ def lever_table(step: Mapping[str, Any]) -> str:
         "| {} | {:.2f} ({:.2f}-{:.2f}) | {:.0f} |".format(name, *way["ratio_training"], way["peak_mib"])
         for name, way in ways
     )
-    versions = ", ".join(f"{name} {step['versions'][name]}" for name in ("torch", "transformers", "trl"))
     return f"""| at {AT}%, times faster than stock | update (least-most) | peak MiB |
 |---|---|---|
 {rows}
 
     {step["command"]}
 
-Report: [{STEP.name}](results/{STEP.name}); {step["machine"]}; {versions}; {step["date"]}."""
+Report: [{STEP.name}](results/{STEP.name}); {made_on(step)}."""
 
 
 def engine_table(step: Mapping[str, Any]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 
@@ -13,6 +14,12 @@ def span(values: Sequence[float]) -> str:
     """Least and most of the seeds, ``0.97-0.99``, or the one figure that they share."""
     low, high = min(values), max(values)
     return f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f}-{high:.2f}"
+
+
+def made_on(report: Mapping[str, Any]) -> str:
+    """Machine, versions and date of a report, for the line below its table."""
+    versions = ", ".join(f"{name} {report['versions'][name]}" for name in ("torch", "transformers", "trl"))
+    return f"{report['machine']}; {versions}; {report['date']}"
 
 
 def put_between(text: str, start: str, end: str, table: str) -> str:

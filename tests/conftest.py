@@ -117,6 +117,20 @@ def tiny_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return shared if (shared / "done").exists() else _finished(build_tiny_judge(shared))
 
 
+@pytest.fixture(scope="session")
+def mind(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-only model that knows nothing."""
+    from minds import make_mind
+
+    return make_mind(tmp_path_factory.mktemp("mind"))
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cache folder of the test's own, for what remembers replies and hashes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def _finished(folder: Path) -> Path:
     (folder / "done").touch()
     return folder

@@ -103,7 +103,7 @@ def test_verdict_needs_every_seed():
     good = {"base": 0.1, "rounds": [0.2, 0.3], "rl_only": 0.25, "sft_only": 0.2, "sft_seed_only": 0.1}
     assert all(report.verdict([good]).values())
     worse = {**good, "rl_only": 0.3}
-    assert ("better than GRPO alone", "in 1 of 2 seeds", False) in report.claims({"seeds": [good, worse]})
+    assert ("better than GRPO alone", "in 1 of 2 seeds", False) in report.claims([good, worse])
     assert report.verdict([good, worse]) == {
         "accuracy rises over two rounds": True,
         "better than GRPO alone": False,

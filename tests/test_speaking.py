@@ -9,7 +9,6 @@ import pytest
 from conftest import picture
 from hypothesis import given
 from hypothesis import strategies as st
-from minds import make_mind
 from test_traces import rejected, write_rows
 
 from data_prep import difficulty, distill, traces
@@ -24,15 +23,7 @@ from vt_trl.generation.standalone import Checkpoint
 from vt_trl.generation.text import TextModel
 from vt_trl.tiny_judge import judge_tokenizer
 
-
-@pytest.fixture(autouse=True)
-def _cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def mind(tmp_path_factory) -> Path:
-    return make_mind(tmp_path_factory.mktemp("mind"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 LOCAL = {"backend": "transformers", "device": "cpu", "max_batch": 8}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import psutil
 import pytest
-from minds import make_mind
 from test_traces import rejected, write_rows
 
 from data_prep import distill
@@ -17,22 +15,12 @@ from data_prep.speaking import Ask
 from vt_trl.envs.base import system, user
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("own_cache")]
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 
 PLAIN = {"backend": "transformers", "device": "cpu", "dtype": "float32", "max_batch": 8}
 ENGINE = {"backend": "vllm", "dtype": "float32", "max_batch": 8, "gpu_memory_utilization": 0.1}
 CONTEXT = {"context": 160}
-
-
-@pytest.fixture(autouse=True)
-def _cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def mind(tmp_path_factory) -> Path:
-    return make_mind(tmp_path_factory.mktemp("mind"))
 
 
 def ask(name: str, *parts, sample: int = 0) -> Ask:

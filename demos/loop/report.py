@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from demos.tables import RESULTS, put_between, show_table, table_parser
+from demos.tables import RESULTS, made_on, put_between, show_table, table_parser
 
 LOOP = RESULTS / "loop.json"
 START = "<!-- loop table: written by `python -m demos.loop.report`, checked by tests/test_demo_loop.py -->"
@@ -30,7 +30,7 @@ CLAIMS: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 
 def verdict(seeds: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
     """Which of the claims hold in every seed."""
-    return {claim: all(map(holds, seeds)) for claim, holds in CLAIMS.items()}
+    return {claim: met for claim, _, met in claims(seeds)}
 
 
 def lines(results: Mapping[str, Any]) -> list[list[str]]:
@@ -48,23 +48,21 @@ def table(results: Mapping[str, Any]) -> str:
     """Markdown: accuracies, in how many seeds each claim holds, and where the figures come from."""
     heads, *rows = lines(results)
     text = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *(f"| {' | '.join(row)} |" for row in rows), ""]
-    text += [f"- {claim}: {said}" for claim, said, _ in claims(results)]
+    text += [f"- {claim}: {said}" for claim, said, _ in claims(results["seeds"])]
     first, about = results["seeds"][0], results["about"]
     spent = "; ".join(f"{name.replace('_', ' ')} {count}" for name, count in first["sequences"].items())
-    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers", "trl"))
     text += [
         "",
         f"Greedy answers to {about['sizes']['eval_rows']} held-out pictures per seed. Sequences that gradients were "
         f"taken on (seed {first['seed']}): {spent}. Rows: {first['rows']}. "
-        f"{about['wall_seconds'] / 60:.0f} minutes; {about['machine']}; {versions}; {about['date']}; "
+        f"{about['wall_seconds'] / 60:.0f} minutes; {made_on(about)}; "
         f"[loop.json](results/loop.json), `{about['command']}`.",
     ]
     return "\n".join(text)
 
 
-def claims(results: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
+def claims(seeds: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, bool]]:
     """Each claim, in how many seeds it holds, and whether that is all of them."""
-    seeds = results["seeds"]
     held = {claim: sum(map(holds, seeds)) for claim, holds in CLAIMS.items()}
     return [(claim, f"in {count} of {len(seeds)} seeds", count == len(seeds)) for claim, count in held.items()]
 
@@ -86,7 +84,7 @@ def write_page(results: Mapping[str, Any], path: Path) -> Path:
     text = page.render(
         heads=heads,
         rows=rows,
-        claims=claims(results),
+        claims=claims(results["seeds"]),
         plot={"src": data_uri("svg+xml", drawn.svg), "summary": drawn.summary},
         seeds=results["seeds"],
         about=results["about"],
@@ -107,7 +105,7 @@ def show(results: Mapping[str, Any], page: Path) -> None:
         shown.add_row(*row)
     console = Console()
     console.print(shown)
-    for claim, said, met in claims(results):
+    for claim, said, met in claims(results["seeds"]):
         console.print(f"{'[green]yes[/]' if met else '[red]no[/] '} {claim}: {said}", highlight=False)
     console.print(f"{page}, {results['about']['wall_seconds']} s", highlight=False)
 

@@ -57,9 +57,10 @@ class World:
     say: Callable[[str], Any] = print
 
     def __post_init__(self) -> None:
-        self.batch = read_yaml(GRPO)["per_device_train_batch_size"]
-        self.group = read_yaml(GRPO)["num_generations"]
-        self.environment = read_yaml(GRPO)["environment_args"]
+        recipe = read_yaml(GRPO)
+        self.batch, self.group = recipe["per_device_train_batch_size"], recipe["num_generations"]
+        self.environment = recipe["environment_args"]
+        self.limits = {key: recipe[key] for key in ("max_turn_tokens", "max_completion_length")}
 
     def stage(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """The figures of a stage: read where it was finished, else made; an unfinished one starts over."""
@@ -143,7 +144,7 @@ class World:
             "model": model,
             "backend": "transformers",
             "dtype": "float32",
-            "max-turn-tokens": read_yaml(GRPO)["max_turn_tokens"],
+            "max-turn-tokens": self.limits["max_turn_tokens"],
             "attempts": 1,
             "samples": self.sizes.samples,
             "temperature": 0.7,
@@ -205,8 +206,7 @@ class World:
         from vt_trl.inference import PolicyModel
 
         def work(folder: Path) -> dict[str, Any]:
-            limits = {key: read_yaml(GRPO)[key] for key in ("max_turn_tokens", "max_completion_length")}
-            opened = PolicyModel(model, dtype="float32", device="cpu", **limits)
+            opened = PolicyModel(model, dtype="float32", device="cpu", **self.limits)
             runner = opened.runner(lambda: SingleEnv(**self.environment))
             rows = load_from_disk(self.rows("eval", self.sizes.eval_rows))
             played = play_rows(runner, rows)

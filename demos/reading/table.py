@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from demos.tables import RESULTS, put_between, show_table, span, table_parser
+from demos.tables import RESULTS, made_on, put_between, show_table, span, table_parser
 
 START = "<!-- demo table: written by `python -m demos.reading.table`, checked by tests/test_readme.py -->"
 END = "<!-- end of demo table -->"
@@ -34,11 +34,10 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join([label, *fixed, *moving])} |")
     first = reports[0]
     minutes = span([report["wall_seconds"] / 60 for report in reports])
-    versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("torch", "transformers", "trl"))
     lines.append("")
     lines.append(
         f"Seeds {', '.join(str(report['seed']) for report in reports)}; {first['grpo_steps']} GRPO steps; "
-        f"{minutes} minutes; {first['machine']}; {versions}; {first['date']}; "
+        f"{minutes} minutes; {made_on(first)}; "
         f"[docs/results](docs/results), `make demo SEED=...`."
     )
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from demos.tables import RESULTS, put_between, show_table, table_parser
+from demos.tables import RESULTS, made_on, put_between, show_table, table_parser
 
 START = "<!-- search table: written by `python -m demos.searching.table`, checked by tests/test_demo_zoom.py -->"
 END = "<!-- end of search table -->"
@@ -30,12 +30,11 @@ def table(report: dict[str, Any]) -> str:
     lines = [f"| seed | {' | '.join(_COLUMNS.values())} |", "|---" * (len(_COLUMNS) + 1) + "|"]
     for figures in report["seeds"]:
         lines.append(f"| {' | '.join([str(figures['seed']), *(f'{figures[name]:.2f}' for name in _COLUMNS)])} |")
-    versions = ", ".join(f"{name} {report['versions'][name]}" for name in ("torch", "transformers", "trl"))
     steps = report["seeds"][0]["cells"]["crops"]["grpo_steps"]
     lines += [
         "",
         f"{report['sizes']['eval_rows']} held-out pictures, greedy; {steps} GRPO steps; all three seeds in "
-        f"{report['wall_seconds'] / 60:.0f} minutes; {report['machine']}; {versions}; {report['date']}; "
+        f"{report['wall_seconds'] / 60:.0f} minutes; {made_on(report)}; "
         f"[zoom.json](results/zoom.json), `make demo-zoom`.",
     ]
     return "\n".join(lines)
